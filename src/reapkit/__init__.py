@@ -1,0 +1,1 @@
+"""Expert pruning for Mixture-of-Experts models: observe, plan, prune, verify, compare."""

@@ -1,0 +1,282 @@
+"""A checkpoint as it lies on disk: raw config, tensor table, sidecar files. Nothing is decoded and no library's config class is used.
+
+The index is the only authority on which tensors a checkpoint has: vendors' shard names lie about how many shards there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.tensors import TensorInfo, parse_json, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+MANIFEST_NAME = "reapkit.json"
+# Present in an output folder from the first byte to the last rename: a folder that has it is nobody's checkpoint.
+UNFINISHED_NAME = "reapkit.unfinished.json"
+
+# Weights of other formats are never read (pickles) nor carried along (they would hold the unpruned model).
+_WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".pkl",
+    ".pickle",
+    ".npz",
+    ".npy",
+}
+# Copies of the weights in other layouts (gpt-oss ships two), and reapkit's own folder.
+_FOREIGN_FOLDERS = {"original", "metal", "onnx", "reapkit"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards with its config.
+
+    Attributes:
+        path: the folder.
+        config: `config.json`, parsed and otherwise untouched.
+        tensors: every tensor of the index by name, in the order of shards and of bytes within a shard.
+        sidecars: other files that belong to the checkpoint (tokenizer, template, licence, remote code), relative to `path`.
+        origin: how the user named it: a path or a hub id.
+        revision: the hub's commit, when it is known.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    sidecars: tuple[str, ...]
+    origin: str
+    revision: str | None = None
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Open a folder, or a hub id through huggingface_hub's cache (downloading what is missing).
+
+        Raises:
+            CheckpointError: something is missing, truncated or contradicts itself.
+        """
+        path, origin, revision = locate(source, revision=revision)
+        refuse_unfinished(path)
+        config = read_config(path)
+        weight_map, index_file = read_index(path)
+        tensors: dict[str, TensorInfo] = {}
+        for file in sorted(set(weight_map.values())):
+            header, _ = read_header(shard_path(path, file), file=file)
+            wanted = {name for name, shard in weight_map.items() if shard == file}
+            if absent := sorted(wanted - header.keys()):
+                raise CheckpointError(
+                    f"{index_file} places {absent[0]!r} in {file}, which does not hold it ({len(absent)} such tensors)",
+                    hint="fetch the shard and the index again",
+                )
+            tensors.update((name, info) for name, info in header.items() if name in wanted)
+        if not tensors:
+            raise CheckpointError(f"{origin} holds no tensors")
+        return cls(path, config, tensors, _sidecars(path), origin, revision)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The shards that hold tensors, in the order of `tensors`."""
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def layout_fingerprint(self) -> str:
+        """SHA-256 over names, dtypes and shapes: the same for every copy of a checkpoint, whatever its shards."""
+        lines = sorted(f"{info.name} {info.dtype} {list(info.shape)}" for info in self.tensors.values())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def read(self, info: TensorInfo) -> bytearray:
+        """The bytes of one tensor, writable so that frameworks can wrap them without another copy.
+
+        Raises:
+            CheckpointError: the shard has shrunk since it was opened.
+        """
+        buffer = bytearray(info.nbytes)
+        try:
+            with (self.path / info.file).open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                view, filled = memoryview(buffer), 0
+                while filled < info.nbytes:
+                    count = stream.readinto(view[filled:])
+                    if not count:
+                        raise CheckpointError(f"{info.file} ends inside {info.name!r}", hint="fetch the shard again")
+                    filled += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
+        return buffer
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """SHA-256 over the bytes of the named tensors, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            digest.update(f"{name} {self.tensors[name].dtype}\n".encode())
+            digest.update(self.read(self.tensors[name]))
+        return digest.hexdigest()
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
+    """The folder of a source, its origin and its revision; a hub id is taken from the cache or downloaded."""
+    path = Path(source)
+    if path.is_dir():
+        # A snapshot in the hub's cache is named by its commit.
+        cached = path.resolve().parent.name == "snapshots"
+        return path, str(source), path.resolve().name if cached else revision
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; a checkpoint is a folder with {CONFIG_NAME} and safetensors shards")
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or os.sep * 2 in text:
+        raise CheckpointError(
+            f"there is no folder {text!r}", hint="give a checkpoint's folder or a hub id like ORG/NAME"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            text, revision=revision, ignore_patterns=["original/*", "metal/*", "*.bin", "*.pt", "*.gguf"]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{text!r} is neither a folder here nor to be had from the hub: {reason}",
+            hint="check the name, the network, and `hf auth login` for gated models",
+        ) from None
+    return Path(folder), text, Path(folder).name
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise for a folder whose writing was interrupted."""
+    if (path / UNFINISHED_NAME).exists():
+        raise CheckpointError(
+            f"{path} is the unfinished output of an interrupted run",
+            hint="repeat the command that wrote it: it goes on where it stopped",
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json`, parsed."""
+    return parse_json(_read_small(path, CONFIG_NAME), origin=CONFIG_NAME)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], str]:
+    """Tensor name to shard name, and the name of the file that says so; a lone `model.safetensors` is its own index.
+
+    Raises:
+        CheckpointError: there is no index, or it names a file outside the folder.
+    """
+    if (path / INDEX_NAME).exists():
+        index = parse_json(_read_small(path, INDEX_NAME), origin=INDEX_NAME)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{INDEX_NAME} has no table weight_map of tensor names to shard names")
+        return weight_map, INDEX_NAME
+    if (path / SINGLE_NAME).exists():
+        header, _ = read_header(shard_path(path, SINGLE_NAME))
+        return dict.fromkeys(header, SINGLE_NAME), SINGLE_NAME
+    hint = "reapkit reads safetensors only"
+    if pickles := sorted(entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"}):
+        hint = f"{pickles[0]} is a pickle, which can run code when loaded: convert it to safetensors first"
+    raise CheckpointError(f"{path} has neither {INDEX_NAME} nor {SINGLE_NAME}", hint=hint)
+
+
+def shard_path(path: Path, file: str) -> Path:
+    """The path of a shard named by an index, refused unless it is a plain file of this folder.
+
+    A link is followed only into the hub's cache (`blobs/` beside `snapshots/`): anything else could read files that are not part of
+    the checkpoint.
+    """
+    pure = PurePosixPath(file)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
+        raise CheckpointError(f"{INDEX_NAME} names {file!r}, which is outside the checkpoint")
+    full = path / file
+    if not full.exists():
+        raise CheckpointError(
+            f"the shard {file} is missing from {path}", hint="fetch it again, or the download never finished"
+        )
+    if not full.is_file() or not is_inside(full, path):
+        raise CheckpointError(f"the shard {file} is not a plain file of {path}")
+    return full
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file, links resolved, lies in the folder or in the hub cache that the folder belongs to."""
+    resolved, root = file.resolve(), folder.resolve()
+    cache = root.parent.parent / "blobs"
+    return resolved.is_relative_to(root) or (root.parent.name == "snapshots" and resolved.is_relative_to(cache))
+
+
+def _read_small(path: Path, name: str) -> bytes:
+    full = path / name
+    if not full.exists():
+        raise CheckpointError(
+            f"{path} has no {name}", hint="a checkpoint is a folder with config.json and safetensors shards"
+        )
+    if not full.is_file() or not is_inside(full, path):
+        raise CheckpointError(f"{name} is not a plain file of {path}")
+    try:
+        return full.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _sidecars(path: Path) -> tuple[str, ...]:
+    return tuple(sorted(_walk_sidecars(path, path)))
+
+
+def _walk_sidecars(folder: Path, root: Path) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") or not is_inside(entry, root):
+            continue
+        if entry.is_dir():
+            if entry.name not in _FOREIGN_FOLDERS and entry.name != "__pycache__":
+                yield from _walk_sidecars(entry, root)
+        elif entry.is_file() and not _is_own_or_weight(entry, root):
+            yield entry.relative_to(root).as_posix()
+
+
+def _is_own_or_weight(entry: Path, root: Path) -> bool:
+    # The source's README describes the source; the output gets a card of its own.
+    own = entry.parent == root and entry.name in {CONFIG_NAME, MANIFEST_NAME, UNFINISHED_NAME, "README.md"}
+    return own or entry.suffix in _WEIGHT_SUFFIXES or entry.name.endswith(".index.json")
+
+
+def section_of(config: Mapping[str, Any], section: str | None) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: itself, or a nested table such as `text_config`."""
+    if section is None:
+        return config
+    value = config.get(section)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{CONFIG_NAME} has no table {section!r}")
+    return value
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config's `quantization_config`, None for an unquantised checkpoint."""
+    value = config.get("quantization_config")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("quant_method"), str):
+        raise UnsupportedError(
+            f"{CONFIG_NAME} has a quantization_config without a quant_method: {json.dumps(value)[:200]}"
+        )
+    return value

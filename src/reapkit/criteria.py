@@ -1,0 +1,97 @@
+"""Saliency: how much an expert contributes, as pure functions of one layer's sums. Low is pruned.
+
+Shape suffixes: E = experts; S = rows of sums. An expert that no token was routed to scores 0 under every criterion but `random`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from reapkit.errors import UsageError, did_you_mean
+from reapkit.statistics import Array, LayerStatistics
+
+Criterion = Callable[[LayerStatistics], Array]
+
+
+def _mean(total_E: Array, count_E: Array) -> Array:
+    return np.divide(total_E, count_E, out=np.zeros_like(total_E), where=count_E > 0)
+
+
+def reap(layer: LayerStatistics) -> Array:
+    """Mean of gate weight x output norm over the tokens routed to the expert (Lasby et al., arXiv 2510.13999, eq. 9)."""
+    return _mean(layer.gated_norm_SE.sum(0), layer.count_SE.sum(0))
+
+
+def frequency(layer: LayerStatistics) -> Array:
+    """Number of tokens routed to the expert."""
+    return layer.count_SE.sum(0)
+
+
+def ean_sum(layer: LayerStatistics) -> Array:
+    """Sum of output norms over the tokens routed to the expert (expert activation norm, Jaiswal et al. 2025)."""
+    return layer.norm_SE.sum(0)
+
+
+def ean_mean(layer: LayerStatistics) -> Array:
+    """Mean output norm over the tokens routed to the expert."""
+    return _mean(layer.norm_SE.sum(0), layer.count_SE.sum(0))
+
+
+def gate_sum(layer: LayerStatistics) -> Array:
+    """Sum of gate weights: a soft frequency."""
+    return layer.gate_SE.sum(0)
+
+
+def gated_norm_sum(layer: LayerStatistics) -> Array:
+    """Sum of gate weight x output norm: REAP without its division by the number of tokens."""
+    return layer.gated_norm_SE.sum(0)
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    "reap": reap,
+    "frequency": frequency,
+    "ean-sum": ean_sum,
+    "ean-mean": ean_mean,
+    "gate-sum": gate_sum,
+    "gated-norm-sum": gated_norm_sum,
+}
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of every MoE layer under one criterion.
+
+    Attributes:
+        criterion: its name.
+        score_E: float64 [E] by layer number; low is pruned.
+    """
+
+    criterion: str
+    score_E: Mapping[int, Array]
+
+
+def score(layers: Mapping[int, LayerStatistics], criterion: str) -> Scores:
+    """Score every layer's experts.
+
+    Raises:
+        UsageError: an unknown criterion.
+    """
+    check(criterion)
+    if criterion == RANDOM:
+        raise UsageError("the criterion 'random' scores without statistics")
+    return Scores(criterion, {index: CRITERIA[criterion](layer) for index, layer in layers.items()})
+
+
+def score_at_random(layers: Mapping[int, int] | list[int] | tuple[int, ...], num_experts: int, *, seed: int) -> Scores:
+    """Uniform scores that depend on the seed and on the layer's number alone."""
+    return Scores(RANDOM, {index: np.random.default_rng([seed, index]).random(num_experts) for index in layers})
+
+
+def check(criterion: str) -> None:
+    """Raise UsageError for an unknown criterion, with the nearest known name."""
+    if criterion not in CRITERIA and criterion != RANDOM:
+        raise UsageError(f"there is no criterion {criterion!r}", hint=did_you_mean(criterion, [*CRITERIA, RANDOM]))

@@ -1,0 +1,539 @@
+"""The only file that touches transformers' internals: the model's own forward, run with at most two layers in memory.
+
+`StreamedModel` builds a model on the meta device and moves one layer's weights at a time from disk into it and out again.
+`SuspendedForwards` runs the model's own, unmodified forward over many micro-batches at once: each runs in a thread of its own and is
+suspended in front of every layer until that layer is loaded. Nothing of the forward is imitated, so whatever a model carries from
+layer to layer (alternating masks, indexers, several streams) is carried.
+
+Shape suffixes: B = documents, T = tokens, N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by
+expert, K = experts per token, E = experts, D = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.formats import Format, decode, read_format
+from reapkit.layout import MoELayout
+from reapkit.tensors import TensorInfo
+
+EXPERTS_NAME = "reapkit"
+
+# What an observer of the experts receives: expert_P, gate_P, norm_P, token_P (see `RoutedPairs`).
+RoutedObserver = Callable[["RoutedPairs"], None]
+
+
+class RoutedPairs:
+    """What one micro-batch sent to one layer's experts, one entry per routed (token, expert) pair, sorted by expert.
+
+    Attributes:
+        layer: number of the layer.
+        expert_P: int64, the expert.
+        token_P: int64, the token's place in the micro-batch laid end to end.
+        gate_P: float32, the coefficient with which the model multiplies the expert's output.
+        norm_P: float32, L2 norm of the expert's output before that.
+    """
+
+    __slots__ = ("expert_P", "gate_P", "layer", "norm_P", "token_P")
+
+    def __init__(self, layer: int, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, norm_P: Tensor) -> None:
+        self.layer = layer
+        self.expert_P = expert_P
+        self.token_P = token_P
+        self.gate_P = gate_P
+        self.norm_P = norm_P
+
+
+def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
+    """An experts function for transformers' registry: the layer's output, with every pair shown to the running forward's observer.
+
+    Tokens are gathered by expert, so each expert runs on its own tokens only. Norms are taken in float32 before the gate.
+
+    Args:
+        hidden_ND: input of the experts, [N, D].
+        expert_NK: int64, the experts that the model's own router chose.
+        gate_NK: the model's own final coefficients.
+
+    Returns:
+        [N, D] in the input's dtype.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    num_tokens, top_k = expert_NK.shape
+    expert_P, order_P = torch.sort(expert_NK.reshape(-1), stable=True)
+    token_P = order_P // top_k
+    gate_P = gate_NK.reshape(-1)[order_P]
+    offsets_E = torch.searchsorted(expert_P, torch.arange(self.num_experts, device=expert_P.device), right=True).int()
+
+    def project(inputs: Tensor, name: str) -> Tensor:
+        bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
+        return _grouped_linear(inputs, getattr(self, name), offsets_E, bias=bias, is_transposed=self.is_transposed)
+
+    inner = project(hidden_ND[token_P], "gate_up_proj" if self.has_gate else "up_proj")
+    out_PD = project(self._apply_gate(inner) if self.has_gate else self.act_fn(inner), "down_proj")
+    if getattr(self, "has_post_expert_norm", False):
+        out_PD = self.post_expert_norm(out_PD)
+
+    forward = threading.current_thread()
+    if isinstance(forward, _Forward) and forward.observe is not None:
+        norm_P = torch.linalg.vector_norm(out_PD, dim=-1, dtype=torch.float32)
+        forward.observe(RoutedPairs(forward.layer, expert_P, token_P, gate_P.float(), norm_P))
+
+    # Weighted in the gate's dtype and summed pair by pair in the token's order: no atomics, so the same bits every time.
+    weighted_PD = out_PD * gate_P.unsqueeze(-1)
+    unsorted = torch.empty_like(weighted_PD)
+    unsorted[order_P] = weighted_PD
+    out_ND: Tensor = unsorted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_ND.dtype)
+    return out_ND
+
+
+class StreamedModel:
+    """A transformers model whose weights come from disk one layer at a time.
+
+    Args:
+        checkpoint: where the weights lie.
+        layout: its MoE layout.
+        device: where layers are computed.
+        dtype: dtype of the computation; router and selection bias keep float32 where they are stored so.
+        trust_remote_code: run code that came with the checkpoint.
+
+    Raises:
+        UnsupportedError: transformers has no such model, or it does not route through the registry of experts functions.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: MoELayout,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.device = device
+        self.dtype = dtype
+        self.format: Format = read_format(checkpoint.config)
+        self.module = build_meta_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.layers = _decoder_layers(self.module, layout)
+        self._conversions = get_model_conversion_mapping(self.module)
+        self._state_names = dict.fromkeys(self.module.state_dict())
+        self._by_layer, outer = _split_by_layer(checkpoint, layout, len(self.layers))
+        self._entry, self._exit = self._split_outer(outer)
+        self._keep_routers_in_float32()
+        self._fill_computed_buffers()
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.module.get_input_embeddings().weight.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.module.get_input_embeddings().weight.shape[0])
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes that the largest layer takes on the device."""
+        return max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self.layers)
+
+    @property
+    def nbytes_per_pass(self) -> int:
+        """Bytes that one pass over embeddings and layers reads from disk."""
+        return sum(info.nbytes for infos in (*self._by_layer, self._entry) for info in infos)
+
+    def fetch(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors by on-disk name, read and dequantised; may run in another thread."""
+        return self._decode(self._by_layer[index])
+
+    def load(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Put a fetched layer into the model."""
+        self._assign(tensors)
+        self._require_loaded(self.layers[index])
+
+    def unload(self, index: int) -> None:
+        """Free a layer's weights."""
+        _to_meta(self.layers[index])
+
+    def load_entry(self) -> None:
+        """Load everything outside the layers but the output projection."""
+        self._assign(self._decode(self._entry))
+
+    def unload_embeddings(self) -> None:
+        """Free the input embeddings, which are not needed again once every forward stands in front of the first layer."""
+        _to_meta(self.module.get_input_embeddings())
+
+    def load_exit(self) -> None:
+        """Load the output projection."""
+        self._assign(self._decode(self._exit))
+        self.module.tie_weights()
+        self._require_loaded(self.module.get_output_embeddings())
+
+    def unload_exit(self) -> None:
+        """Free the output projection."""
+        _to_meta(self.module.get_output_embeddings())
+        _to_meta(self.module.get_input_embeddings())
+
+    def unload_everything(self) -> None:
+        """Free all weights."""
+        _to_meta(self.module)
+
+    def _decode(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
+        return {
+            info.name: decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+            for info in infos
+            if not self.format.is_companion(info.name)
+        }
+
+    def _assign(self, tensors: dict[str, Tensor]) -> None:
+        """Convert on-disk names and layouts to the module's own and assign them."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.dtype, weight_mapping=self._conversions)
+        with _quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.module, tensors, config)
+        if info.mismatched_keys:
+            name, found, expected = min(info.mismatched_keys)
+            raise CheckpointError(f"{name!r} has the shape {list(found)} where the model has {list(expected)}")
+        if info.conversion_errors:
+            name, reason = next(iter(info.conversion_errors.items()))
+            raise CheckpointError(f"{name!r} cannot be converted: {str(reason).strip().splitlines()[-1]}")
+
+    def _require_loaded(self, module: nn.Module) -> None:
+        values = (*module.named_parameters(), *module.named_buffers())
+        if empty := [name for name, value in values if value.is_meta]:
+            raise CheckpointError(
+                f"the checkpoint has no weights for {empty[0]!r} ({len(empty)} such tensors in this layer)"
+            )
+
+    def _split_outer(self, outer: Sequence[TensorInfo]) -> tuple[list[TensorInfo], list[TensorInfo]]:
+        """What must be there before the first layer, and what the output projection needs."""
+        head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        entry, exit_ = [], []
+        for info in outer:
+            owner = self._owner(info.name)
+            if owner is head or (owner is embeddings and self.module.config.get_text_config().tie_word_embeddings):
+                exit_.append(info)
+            if owner is not head:
+                entry.append(info)
+        return entry, exit_
+
+    def _owner(self, name: str) -> nn.Module | None:
+        try:
+            owner: nn.Module = self.module.get_submodule(self._in_memory_name(name).rpartition(".")[0])
+        except AttributeError:  # something that transformers does not run, such as an MTP layer
+            return None
+        return owner
+
+    def _in_memory_name(self, name: str) -> str:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        prefix, state = self.module.base_model_prefix, self._state_names
+        return str(rename_source_key(name, renamings, converters, prefix, state)[0])
+
+    def _keep_routers_in_float32(self) -> None:
+        """Give routers and selection biases that are stored as F32 a float32 home, so that loading does not round them."""
+        for name in self.layout.router_names:
+            if self.checkpoint.tensors[name].dtype != "F32":
+                continue
+            target = self._in_memory_name(name)
+            path, _, leaf = target.rpartition(".")
+            try:
+                owner = self.module.get_submodule(path)
+            except AttributeError:  # an MTP layer, which transformers does not run
+                continue
+            old = getattr(owner, leaf)
+            new = torch.empty(old.shape, dtype=torch.float32, device="meta")
+            setattr(owner, leaf, new if leaf in owner._buffers else nn.Parameter(new, requires_grad=False))
+
+    def _fill_computed_buffers(self) -> None:
+        """Compute the buffers that no checkpoint holds (rotary frequencies) on the device, as loading in transformers does."""
+        owners: dict[str, nn.Module] = {}
+        for name, buffer in list(self.module.named_non_persistent_buffers()):
+            path, _, leaf = name.rpartition(".")
+            owners[path] = owner = self.module.get_submodule(path)
+            owner.register_buffer(leaf, torch.empty_like(buffer, device=self.device), persistent=False)
+        with torch.no_grad():
+            for path, owner in owners.items():
+                self._closest_model(path)._init_weights(owner)
+
+    def _closest_model(self, path: str) -> Any:
+        from transformers import PreTrainedModel
+
+        parts = path.split(".")
+        for end in range(len(parts), -1, -1):
+            module = self.module.get_submodule(".".join(parts[:end]))
+            if isinstance(module, PreTrainedModel):
+                return module
+        raise AssertionError("the model itself is a PreTrainedModel")
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Free the values that a checkpoint can bring back."""
+    for owner in module.modules():
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, leaf, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        for leaf, buffer in list(owner.named_buffers(recurse=False)):
+            if leaf not in owner._non_persistent_buffers_set:
+                setattr(owner, leaf, torch.empty_like(buffer, device="meta"))
+
+
+def build_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's model on the meta device, its experts routed through `observed_experts`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+            # Weights are dequantised before they reach the model, so it must not be prepared for quantised ones.
+            if getattr(config, "quantization_config", None) is not None:
+                del config.quantization_config
+            config.use_cache = False
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, experts_implementation=EXPERTS_NAME, trust_remote_code=trust_remote_code
+                )
+    except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(f"{checkpoint.origin} needs code of its own to run, which was not allowed",
+                                   hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
+        raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the tokenizer of {checkpoint.origin} cannot be loaded: {reason}") from None
+
+
+class _Cancelled(BaseException):
+    """Wakes a suspended forward so that it unwinds."""
+
+
+class _Forward(threading.Thread):
+    """One micro-batch's forward, run a layer at a time.
+
+    Attributes:
+        layer: number of the layer that runs, or that it is suspended in front of.
+        observe: called by the experts function with every layer's routed pairs.
+    """
+
+    def __init__(self, run: Callable[[], Any], *, device: torch.device, observe: RoutedObserver | None) -> None:
+        super().__init__(daemon=True)
+        self.layer = -1
+        self.observe = observe
+        self.result: Any = None
+        self._run_forward = run
+        self._device = device
+        self._resumed = threading.Semaphore(0)
+        self._paused = threading.Semaphore(0)
+        self._cancelled = False
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        self._resumed.acquire()
+        try:
+            if self._cancelled:
+                return
+            # Gradient mode and the current device belong to the thread.
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            with torch.inference_mode():
+                self.result = self._run_forward()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._paused.release()
+
+    def pause(self, layer: int) -> None:
+        """Called in the thread: wait in front of a layer."""
+        self.layer = layer
+        self._paused.release()
+        self._resumed.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def step(self) -> None:
+        """Called from outside: run up to the next pause or to the end."""
+        if not self.is_alive() and self.layer == -1:
+            self.start()
+        self._resumed.release()
+        self._paused.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Called from outside: unwind and join."""
+        if self.is_alive():
+            self._cancelled = True
+            self._resumed.release()
+            self.join()
+
+
+class SuspendedForwards:
+    """The model's own forward over many micro-batches, all of them suspended in front of the same layer.
+
+    A context manager: on leaving, also by an error or Ctrl-C, every forward is woken and joined, and the model's weights are freed.
+
+    Args:
+        model: whose forward runs.
+        inputs_BT: int64 token ids per micro-batch, documents padded on the right. No mask is passed: causal attention cannot see
+            the padding behind a token.
+        observe: per micro-batch, what is shown its routed pairs.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        inputs_BT: Sequence[np.ndarray[Any, Any]],
+        *,
+        observe: Sequence[RoutedObserver] | None = None,
+    ) -> None:
+        self._model = model
+        observers: Sequence[RoutedObserver | None] = observe if observe is not None else [None] * len(inputs_BT)
+        self._forwards = [
+            _Forward(partial(self._forward, ids_BT), device=model.device, observe=observer)
+            for ids_BT, observer in zip(inputs_BT, observers, strict=True)
+        ]
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> SuspendedForwards:
+        for index, layer in enumerate(self._model.layers):
+            self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index)))
+        last = len(self._model.layers)
+        self._hooks.append(self._model.layers[-1].register_forward_hook(partial(_pause_after, last)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for forward in self._forwards:
+            forward.cancel()
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        for hook in self._hooks:
+            hook.remove()
+        self._model.unload_everything()
+
+    def run_layers(self, after_batch: Callable[[int, int], None]) -> None:
+        """Run all micro-batches through all layers; `after_batch(layer, batch)` is called when a batch has left a layer.
+
+        While one layer runs, the next one is read and dequantised.
+        """
+        model = self._model
+        fetched: Future[dict[str, Tensor]] = self._loader.submit(model.fetch, 0)
+        model.load_entry()
+        for forward in self._forwards:
+            forward.step()
+        model.unload_embeddings()
+        for index in range(len(model.layers)):
+            model.load(index, fetched.result())
+            if index + 1 < len(model.layers):
+                fetched = self._loader.submit(model.fetch, index + 1)
+            for number, forward in enumerate(self._forwards):
+                forward.step()
+                after_batch(index, number)
+            model.unload(index)
+
+    def logits(self) -> Iterator[Tensor]:
+        """After `run_layers`: finish each forward and yield its logits, [B, T, V]; one micro-batch's are held at a time."""
+        self._model.load_exit()
+        for forward in self._forwards:
+            forward.step()
+            logits, forward.result = forward.result.logits, None
+            yield logits
+
+    def _forward(self, ids_BT: np.ndarray[Any, Any]) -> Any:
+        return self._model.module(input_ids=torch.from_numpy(ids_BT).to(self._model.device), use_cache=False)
+
+
+def _pause_before(layer: int, module: nn.Module, args: Any) -> None:
+    forward = threading.current_thread()
+    assert isinstance(forward, _Forward)
+    forward.pause(layer)
+
+
+def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+    _pause_before(layer, module, args)
+
+
+def _decoder_layers(module: nn.Module, layout: MoELayout) -> Sequence[nn.Module]:
+    """The list of decoder layers: the one ModuleList that is long enough for the layout's last layer and whose members hold experts."""
+    found = [
+        child
+        for child in module.modules()
+        if isinstance(child, nn.ModuleList)
+        and any(
+            hasattr(part, "has_gate") and hasattr(part, "num_experts") for layer in child for part in layer.modules()
+        )
+    ]
+    if not found:
+        raise UnsupportedError(
+            f"transformers' {type(module).__name__} does not route its experts through the registry of experts functions, so they cannot "
+            "be observed"
+        )
+    # The outermost list comes first: lists inside a layer are found after it.
+    return list(found[0])
+
+
+def _split_by_layer(
+    checkpoint: Checkpoint, layout: MoELayout, num_layers: int
+) -> tuple[list[list[TensorInfo]], list[TensorInfo]]:
+    prefix = layout.architecture.block.partition("{layer}")[0]
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    by_layer: list[list[TensorInfo]] = [[] for _ in range(num_layers)]
+    outer = []
+    for info in checkpoint.tensors.values():
+        match = pattern.match(info.name)
+        if match is None:
+            outer.append(info)
+        elif int(match[1]) < num_layers:  # MTP layers lie behind the last one, and transformers does not run them
+            by_layer[int(match[1])].append(info)
+    return by_layer, outer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars nor advice from transformers while it does our work."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,392 @@
+"""Observing: the model's own forward over the calibration text, layer by layer, summed into statistics.
+
+Weights are read once per wave, a wave being as many micro-batches as the activation budget holds. Sums add, so the number of waves
+does not change what is measured.
+
+Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs, S = rows of sums, E = experts,
+Q = the six sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reapkit import layout as layouts
+from reapkit.architectures import ARCHITECTURES
+from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import DataError, UsageError, did_you_mean
+from reapkit.modules import RoutedObserver, RoutedPairs, StreamedModel, SuspendedForwards, load_tokenizer
+from reapkit.progress import Progress, silent
+from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer:
+# 32,768 tokens x 8 experts x (2 x 1,536 + 3,072) values are 3.2 GB in bf16 on MiniMax-M2.
+TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
+# Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
+HELD_STATES = 2
+# Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries.
+BUDGET_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a model is run.
+
+    Attributes:
+        device: `cuda`, `cuda:1`, `cpu`; None takes a GPU where there is one.
+        dtype: `float32`, `bfloat16`, `float16`; None takes bfloat16 on a GPU and float32 on a CPU.
+        activation_budget: bytes for suspended activations; None takes a share of the free memory.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    activation_budget: int | None = None
+    trust_remote_code: bool = False
+
+    def resolve(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype.
+
+        Raises:
+            UsageError: no such device or dtype.
+        """
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UsageError(f"there is no device {name!r}", hint="cpu, cuda or cuda:1") from None
+        if device.type not in TOKENS_PER_BATCH:
+            raise UsageError(f"the device {name!r} is not supported", hint="cpu, cuda or cuda:1")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs", hint="--device cpu"
+            )
+        dtype = self.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        if dtype not in DTYPES:
+            raise UsageError(f"cannot compute in {dtype!r}", hint=did_you_mean(dtype, DTYPES))
+        return device, DTYPES[dtype]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an observation would take, before it starts.
+
+    Attributes:
+        tokens: calibration tokens, padding not counted; documents, batches, waves: how they are cut.
+        hours: wall time at the rates measured on this machine in a second or two; an estimate.
+        device_bytes: peak memory on the device; held_bytes: of it, suspended activations.
+        read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
+        compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
+        device, dtype: where and in what is computed.
+    """
+
+    tokens: int
+    documents: int
+    batches: int
+    waves: int
+    hours: float
+    device_bytes: int
+    held_bytes: int
+    read_bytes: int
+    output_bytes: int
+    compute_rate: float
+    disk_rate: float
+    device: str
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Observation:
+    """A model, its calibration text and the waves in which it will be observed.
+
+    Args:
+        source: a checkpoint's folder or hub id.
+        data: `--data` arguments.
+        run: device, dtype and memory.
+        max_length: tokens per document; longer samples are split into windows.
+        seed: of the choice of samples.
+        revision: of a hub id.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        data: Sequence[str],
+        *,
+        run: Run,
+        max_length: int,
+        seed: int,
+        revision: str | None = None,
+    ) -> None:
+        device, dtype = run.resolve()
+        self.checkpoint = Checkpoint.open(source, revision=revision)
+        self.layout = layouts.resolve(self.checkpoint, ARCHITECTURES)
+        tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=run.trust_remote_code)
+        self.data: CalibrationData = load(data, tokenizer, max_length=max_length, seed=seed)
+        self.model = StreamedModel(
+            self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
+        )
+        self.settings = {"dtype": str(dtype).removeprefix("torch."), "max_length": max_length, "seed": seed}
+        self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
+        budget = run.activation_budget or default_budget(self.model)
+        self.waves = split_into_waves(self.batches, budget=budget, bytes_per_token=bytes_per_token(self.model))
+
+    def estimate(self) -> Estimate:
+        """What `run` would take; measures matrix products and reading for about a second."""
+        model, device = self.model, self.model.device
+        held = max(sum(batch.input_ids_BT.size for batch in wave) for wave in self.waves) * bytes_per_token(model)
+        padded = sum(batch.input_ids_BT.size for batch in self.batches)
+        compute_rate = _measure_flops(device, model.dtype) / _flops_per_token(self.model)
+        disk_rate = _measure_disk(self.checkpoint)
+        read = model.nbytes_per_pass * len(self.waves)
+        seconds = max(padded * len(model.layers) / compute_rate, read / disk_rate)
+        sums = len(self.data.domains) * NUM_FOLDS * (6 * self.layout.num_experts + 1) + self.layout.num_experts
+        return Estimate(
+            tokens=self.data.num_tokens,
+            documents=len(self.data.documents),
+            batches=len(self.batches),
+            waves=len(self.waves),
+            hours=seconds / 3600,
+            device_bytes=2 * model.layer_nbytes + held + _batch_bytes(model, self.batches),
+            held_bytes=held,
+            read_bytes=read,
+            output_bytes=8 * sums * len(self.layout.layers),
+            compute_rate=compute_rate,
+            disk_rate=disk_rate,
+            device=str(device),
+            dtype=self.settings["dtype"],
+        )
+
+    def run(self, *, progress: Progress = silent) -> Statistics:
+        """Observe all waves.
+
+        Raises:
+            DataError: an activation is NaN or infinite; layer and batch are named.
+        """
+        num_rows = len(self.data.domains) * NUM_FOLDS
+        layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in self._observed_layers()}
+        total = self.data.num_tokens * len(self.model.layers)
+        done = 0
+        progress("observe", 0, total, "tokens x layers")
+        for wave in self.waves:
+            sums = _LayerSums(num_rows, self.layout.num_experts, self.model.device)
+            observers = [sums.observer(batch) for batch in wave]
+
+            def after_batch(
+                layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave, sums: _LayerSums = sums
+            ) -> None:
+                nonlocal done
+                sums.require_finite(layer, number)
+                if number == len(wave) - 1 and layer in layers:
+                    layers[layer].add(sums.take())
+                done += int(wave[number].length_B.sum())
+                progress("observe", done, total, "tokens x layers")
+
+            with SuspendedForwards(self.model, [batch.input_ids_BT for batch in wave], observe=observers) as forwards:
+                forwards.run_layers(after_batch)
+        for index, layer in layers.items():
+            layer.require_finite(index)
+        record = CalibrationRecord(
+            self.data.digest, self.data.num_tokens, tuple(source.to_json() for source in self.data.sources)
+        )
+        return Statistics(
+            origin=self.checkpoint.origin,
+            revision=self.checkpoint.revision,
+            layout=self.checkpoint.layout_fingerprint,
+            routing=self.checkpoint.fingerprint(self.layout.router_names),
+            num_experts=self.layout.num_experts,
+            top_k=self.layout.top_k,
+            num_groups=self.layout.num_groups,
+            domains=self.data.domains,
+            settings=self.settings,
+            calibration=(record,),
+            layers=layers,
+        )
+
+    def _observed_layers(self) -> list[int]:
+        return [index for index in self.layout.layer_indices if index < len(self.model.layers)]
+
+
+class _LayerSums:
+    """The running layer's sums on the device; one more row than there are takes what padding was routed to."""
+
+    def __init__(self, num_rows: int, num_experts: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._num_experts = num_experts
+        self._device = device
+        self._sums_QSE = torch.zeros(6, (num_rows + 1) * num_experts, dtype=torch.float64, device=device)
+        self._max_SE = torch.zeros((num_rows + 1) * num_experts, dtype=torch.float32, device=device)
+        self._tokens_S = np.zeros(num_rows)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def observer(self, batch: CalibrationBatch) -> RoutedObserver:
+        """What one micro-batch's forward shows its routed pairs to."""
+        row_B = batch.domain_B * NUM_FOLDS + batch.fold_B
+        row_BT = np.where(batch.mask_BT, row_B[:, None], self._num_rows)
+        row_N = torch.from_numpy(row_BT.reshape(-1)).to(self._device)
+        tokens_S = np.bincount(row_B, weights=batch.length_B, minlength=self._num_rows)
+
+        def observe(pairs: RoutedPairs) -> None:
+            self._add(pairs, row_N)
+            self._tokens_S += tokens_S
+
+        return observe
+
+    def _add(self, pairs: RoutedPairs, row_N: Tensor) -> None:
+        row_P = row_N[pairs.token_P]
+        place_P = row_P * self._num_experts + pairs.expert_P
+        norm_P, gate_P = pairs.norm_P.double(), pairs.gate_P.double()
+        gated_P = gate_P * norm_P
+        values_QP = torch.stack((torch.ones_like(norm_P), gate_P, norm_P, norm_P.square(), gated_P, gated_P.square()))
+        self._sums_QSE.index_add_(1, place_P, values_QP)
+        self._max_SE.scatter_reduce_(0, place_P, pairs.norm_P, "amax")
+        self._finite &= torch.isfinite(torch.where(row_P < self._num_rows, gated_P, 0.0)).all()
+
+    def require_finite(self, layer: int, number: int) -> None:
+        if not bool(self._finite):
+            raise DataError(
+                f"layer {layer}, micro-batch {number}: an expert's output or gate weight is NaN or infinite",
+                hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
+            )
+
+    def take(self) -> LayerStatistics:
+        """The sums since the last call, padding left out."""
+        sums_QSE = self._sums_QSE.view(6, -1, self._num_experts)[:, : self._num_rows].cpu().numpy().copy()
+        max_E = self._max_SE.view(-1, self._num_experts)[: self._num_rows].amax(0).double().cpu().numpy()
+        result = LayerStatistics(
+            tokens_S=self._tokens_S, **dict(zip(SUM_NAMES, sums_QSE, strict=True)), max_norm_E=max_E
+        )
+        self._sums_QSE.zero_()
+        self._max_SE.zero_()
+        self._tokens_S = np.zeros(self._num_rows)
+        return result
+
+
+def observe(
+    source: str | Path,
+    data: Sequence[str] = ("reap-mix",),
+    *,
+    run: Run | None = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Measure on calibration text how much every expert contributes.
+
+    Args:
+        source: a checkpoint's folder or hub id.
+        data: `--data` arguments: `[DOMAIN=]SOURCE[SUBSET](SPLIT)[:SAMPLES]`.
+        run: device, dtype and memory; sensible for the machine by default.
+        max_length: tokens per document; longer samples are split into windows.
+        seed: of the choice of samples.
+        revision: of a hub id.
+        progress: told how far it is.
+    """
+    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
+    return observation.run(progress=progress)
+
+
+def bytes_per_token(model: StreamedModel) -> int:
+    """Bytes that a suspended token holds."""
+    return HELD_STATES * model.hidden_size * torch.empty((), dtype=model.dtype).element_size()
+
+
+def split_into_waves(
+    parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int
+) -> list[list[CalibrationBatch]]:
+    """Micro-batches in as few waves as hold the budget, in order, and about equally long.
+
+    Raises:
+        UsageError: a single micro-batch is over the budget.
+    """
+    sizes = [batch.input_ids_BT.size * bytes_per_token for batch in parts]
+    if max(sizes) > budget:
+        raise UsageError(
+            f"an activation budget of {budget:,} bytes is less than the {max(sizes):,} that one micro-batch holds",
+            hint=f"--activation-budget {max(sizes)} or more, or a shorter --max-length",
+        )
+    target = sum(sizes) / -(-sum(sizes) // budget)
+    waves: list[list[CalibrationBatch]] = [[]]
+    held = 0
+    for batch, size in zip(parts, sizes, strict=True):
+        if waves[-1] and (held + size > budget or held >= target):
+            waves.append([])
+            held = 0
+        waves[-1].append(batch)
+        held += size
+    return waves
+
+
+def default_budget(model: StreamedModel) -> int:
+    """A share of the memory that is free once two layers are loaded."""
+    free = free_memory(model.device) - 2 * model.layer_nbytes
+    return max(int(free * BUDGET_SHARE), 1 << 20)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; for the CPU, available memory within the cgroup's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 4 << 30)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def _batch_bytes(model: StreamedModel, parts: Sequence[CalibrationBatch]) -> int:
+    """Temporaries of the largest micro-batch in one MoE layer: gathered input, inner and outer activations of its routed pairs."""
+    experts: Any = next(part for layer in model.layers for part in layer.modules() if hasattr(part, "has_gate"))
+    inner = experts.down_proj.numel() // experts.num_experts // model.hidden_size
+    width = (2 if experts.has_gate else 1) * inner + inner + 3 * model.hidden_size
+    size = torch.empty((), dtype=model.dtype).element_size()
+    return int(max(batch.input_ids_BT.size for batch in parts) * model.layout.top_k * width * size)
+
+
+def _flops_per_token(model: StreamedModel) -> float:
+    """Floating-point operations of one token in one layer, two per active weight; attention's products with T are left out."""
+    total = 0.0
+    for layer in model.layers:
+        for module in layer.modules():
+            share = model.layout.top_k / model.layout.num_experts if hasattr(module, "has_gate") else 1.0
+            total += share * sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return 2 * total / len(model.layers)
+
+
+def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a square matrix product, halved: gathering, attention and small groups keep a layer from reaching it."""
+    size = 4096 if device.type == "cuda" else 768
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    matrix @ matrix
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < 0.3:
+        for _ in range(10):
+            matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 10
+    return 0.5 * count * 2 * size**3 / elapsed
+
+
+def _measure_disk(checkpoint: Checkpoint) -> float:
+    """Rate of reading up to 256 MB of the largest shard."""
+    largest = max(checkpoint.files, key=lambda file: (checkpoint.path / file).stat().st_size)
+    start, total = time.perf_counter(), 0
+    with (checkpoint.path / largest).open("rb", buffering=0) as stream:
+        while total < 256 << 20 and (chunk := stream.read(16 << 20)):
+            total += len(chunk)
+    return total / (time.perf_counter() - start)

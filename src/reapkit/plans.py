@@ -1,0 +1,258 @@
+"""Which experts stay: small, reviewable, and bound to one checkpoint by fingerprint.
+
+Shape suffixes: E = experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reapkit.criteria import Scores
+from reapkit.errors import PlanError, UsageError
+from reapkit.layout import MoELayout
+from reapkit.statistics import Statistics
+from reapkit.tensors import parse_json
+
+FORMAT = "reapkit-plan-1"
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """The checkpoint that a plan is for.
+
+    Attributes:
+        origin: how it was named when it was observed.
+        revision: the hub's commit, where known.
+        layout: fingerprint of names, dtypes and shapes.
+        routing: fingerprint of the bytes of routers and selection biases.
+    """
+
+    origin: str
+    revision: str | None
+    layout: str
+    routing: str
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The experts that stay, layer by layer.
+
+    Attributes:
+        source: the checkpoint.
+        criterion: how they were chosen.
+        num_experts: experts per layer before pruning.
+        top_k: experts that each token is routed to.
+        kept: by layer number, the kept experts' original numbers, ascending; equally many in every layer.
+        calibration: digests of the text that the choice rests on.
+        seed: of the random criterion, else None.
+    """
+
+    source: PlannedSource
+    criterion: str
+    num_experts: int
+    top_k: int
+    kept: Mapping[int, tuple[int, ...]]
+    calibration: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(experts) for experts in self.kept.values()}
+        if len(sizes) != 1:
+            raise PlanError(f"a plan keeps equally many experts in every layer, and this one keeps {sorted(sizes)}")
+        for layer, experts in self.kept.items():
+            if (
+                list(experts) != sorted(set(experts))
+                or not experts
+                or not 0 <= experts[0] <= experts[-1] < self.num_experts
+            ):
+                raise PlanError(
+                    f"layer {layer} of the plan keeps {list(experts)}, which are not ascending numbers "
+                    f"below {self.num_experts}"
+                )
+        if self.num_kept < self.top_k:
+            raise PlanError(
+                f"keeping {self.num_kept} of {self.num_experts} experts is fewer than the {self.top_k} "
+                "that each token is routed to",
+                hint=_least(self.num_experts, self.top_k),
+            )
+
+    @property
+    def num_kept(self) -> int:
+        """Experts per layer that stay, K."""
+        return len(next(iter(self.kept.values())))
+
+    def dropped(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer that go."""
+        kept = set(self.kept[layer])
+        return tuple(expert for expert in range(self.num_experts) if expert not in kept)
+
+    def require_fits(self, layout: MoELayout, *, layout_fingerprint: str, routing_fingerprint: str) -> None:
+        """Raise PlanError unless the plan was made for this checkpoint, or for a sibling with the same routers.
+
+        Siblings (the same model in another format) differ in `layout` and share `routing`.
+        """
+        if routing_fingerprint != self.source.routing:
+            same = "the same tensors" if layout_fingerprint == self.source.layout else "other tensors"
+            raise PlanError(
+                f"the plan is for {self.source.origin} (routers {self.source.routing[:12]}), and this checkpoint has {same} "
+                f"with other routers ({routing_fingerprint[:12]})",
+                hint="make a plan from statistics of this checkpoint",
+            )
+        if self.num_experts != layout.num_experts or set(self.kept) != set(layout.layer_indices):
+            raise PlanError(
+                f"the plan covers {len(self.kept)} layers of {self.num_experts} experts, "
+                f"the checkpoint has {len(layout.layers)} of {layout.num_experts}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "source": asdict(self.source),
+            "criterion": self.criterion,
+            "seed": self.seed,
+            "calibration": list(self.calibration),
+            "num_experts": self.num_experts,
+            "num_kept": self.num_kept,
+            "top_k": self.top_k,
+            "kept": {str(layer): list(experts) for layer, experts in self.kept.items()},
+        }
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, one line per layer, so that two plans can be compared with diff."""
+        described = self.to_json()
+        kept = described.pop("kept")
+        head = json.dumps(described, indent=2)[: -len("\n}")]
+        lines = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in kept.items())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(f'{head},\n  "kept": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Read what `save` wrote, or a person edited.
+
+        Raises:
+            PlanError: missing, not a plan, or inconsistent.
+        """
+        if not path.is_file():
+            raise PlanError(f"there is no plan {path}", hint="make one with reapkit plan")
+        return cls.from_json(parse_json(path.read_bytes(), origin=str(path)), origin=str(path))
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any], *, origin: str) -> PruningPlan:
+        """The plan in a parsed JSON object."""
+        known = {"format", "source", "criterion", "seed", "calibration", "num_experts", "num_kept", "top_k", "kept"}
+        if described.get("format") != FORMAT:
+            raise PlanError(f"{origin} is not a plan of reapkit", hint="make one with reapkit plan")
+        if unknown := sorted(described.keys() - known):
+            raise PlanError(f"{origin} has the unknown entry {unknown[0]!r}")
+        try:
+            kept = {
+                int(layer): tuple(int(expert) for expert in experts) for layer, experts in described["kept"].items()
+            }
+            plan = cls(
+                source=PlannedSource(**described["source"]),
+                criterion=described["criterion"],
+                num_experts=int(described["num_experts"]),
+                top_k=int(described["top_k"]),
+                kept=kept,
+                calibration=tuple(described["calibration"]),
+                seed=described["seed"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{origin} is not a whole plan: {type(error).__name__} {error}") from None
+        if plan.num_kept != described["num_kept"]:
+            raise PlanError(f"{origin} says it keeps {described['num_kept']} experts a layer and lists {plan.num_kept}")
+        return plan
+
+
+def num_kept(
+    num_experts: int, *, ratio: str | float | None = None, keep: int | None = None, num_groups: int = 1
+) -> int:
+    """Experts that stay per layer: `keep`, or E - floor(E x ratio) with the ratio read as a decimal, so that 100 x 0.29 is 29.
+
+    With router groups, rounded up to a multiple of the groups.
+
+    Raises:
+        UsageError: neither or both given, or a value out of range.
+    """
+    if (ratio is None) == (keep is None):
+        raise UsageError("give either --ratio or --keep")
+    if keep is None:
+        try:
+            decimal = Decimal(str(ratio))
+        except InvalidOperation:
+            raise UsageError(f"--ratio {ratio!r} is not a number") from None
+        if not 0 <= decimal < 1:
+            raise UsageError(f"--ratio {ratio} is not a share of the experts to remove", hint="0.25 removes a quarter")
+        keep = num_experts - math.floor(num_experts * decimal)
+    if not 1 <= keep <= num_experts:
+        raise UsageError(f"--keep {keep} is not between 1 and the {num_experts} experts of a layer")
+    return min(num_experts, math.ceil(keep / num_groups) * num_groups)
+
+
+def select(scores: Scores, *, keep: int, num_groups: int = 1) -> dict[int, tuple[int, ...]]:
+    """The `keep` experts of highest score in every layer, equally many in each group; ties keep the lower expert number."""
+    per_group, rest = divmod(keep, num_groups)
+    if rest:
+        raise PlanError(f"{keep} experts do not divide into {num_groups} equal groups")
+    kept = {}
+    for layer, score_E in scores.score_E.items():
+        grouped = score_E.reshape(num_groups, -1)
+        size = grouped.shape[1]
+        # lexsort is stable and sorts by its last key first: by falling score, then by rising number.
+        best = [np.lexsort((np.arange(size), -group))[:per_group] + start * size for start, group in enumerate(grouped)]
+        kept[layer] = tuple(int(expert) for expert in np.sort(np.concatenate(best)))
+    return kept
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What a plan gives up in one layer.
+
+    Attributes:
+        layer: its number.
+        saliency_lost: the dropped experts' share of the layer's total score, from 0 to 1.
+        routed_lost: the share of routed token-expert pairs that went to dropped experts; None without statistics.
+        never_routed: experts that no calibration token was routed to.
+    """
+
+    layer: int
+    saliency_lost: float
+    routed_lost: float | None
+    never_routed: tuple[int, ...]
+
+
+def losses(plan: PruningPlan, scores: Scores, statistics: Statistics | None = None) -> list[LayerLoss]:
+    """What the plan gives up, layer by layer."""
+    result = []
+    for layer, score_E in scores.score_E.items():
+        dropped = list(plan.dropped(layer))
+        never: tuple[int, ...] = ()
+        routed = None
+        if statistics is not None:
+            count_E = statistics.layers[layer].count_SE.sum(0)
+            never = tuple(int(expert) for expert in np.flatnonzero(count_E == 0))
+            routed = _share(count_E, dropped)
+        result.append(LayerLoss(layer, _share(score_E, dropped), routed, never))
+    return result
+
+
+def _share(values_E: np.ndarray[Any, Any], chosen: Sequence[int]) -> float:
+    total = float(values_E.sum())
+    return float(values_E[list(chosen)].sum()) / total if total > 0 else 0.0
+
+
+def _least(num_experts: int, top_k: int) -> str:
+    # Rounded down, so that the ratio named is one that works.
+    largest = math.floor((num_experts - top_k) / num_experts * 1000) / 1000
+    return f"keep at least {top_k}: --ratio {largest} or less"

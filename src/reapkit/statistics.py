@@ -1,0 +1,204 @@
+"""What observing leaves behind: additive sums per layer and expert, from which every criterion is a pure function.
+
+Shape suffixes: S = rows of sums, one per (domain, fold), row = domain * NUM_FOLDS + fold; E = experts.
+Sums over shards of the calibration, over devices and over domains simply add; the folds are there to ask how far a choice of experts
+would have differed on other calibration text of the same kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from reapkit.errors import DataError, PlanError
+from reapkit.tensors import read_header
+
+Array = NDArray[np.float64]
+
+NUM_FOLDS = (
+    4  # fold = document number mod 4: halves can be formed in three ways, and a fold still has a quarter of the text
+)
+FORMAT = "reapkit-statistics-1"
+SUM_NAMES = ("count_SE", "gate_SE", "norm_SE", "norm_sq_SE", "gated_norm_SE", "gated_norm_sq_SE")
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over the tokens that one MoE layer routed to each expert. g is the coefficient and f the output of an expert for a token.
+
+    Attributes:
+        tokens_S: tokens that passed the layer.
+        count_SE: tokens routed to the expert.
+        gate_SE: sum of g.
+        norm_SE, norm_sq_SE: sums of ‖f‖₂ and of its square.
+        gated_norm_SE, gated_norm_sq_SE: sums of g‖f‖₂ and of its square.
+        max_norm_E: the largest ‖f‖₂ seen.
+    """
+
+    tokens_S: Array
+    count_SE: Array
+    gate_SE: Array
+    norm_SE: Array
+    norm_sq_SE: Array
+    gated_norm_SE: Array
+    gated_norm_sq_SE: Array
+    max_norm_E: Array
+
+    @classmethod
+    def zeros(cls, num_rows: int, num_experts: int) -> LayerStatistics:
+        sums = {name: np.zeros((num_rows, num_experts)) for name in SUM_NAMES}
+        return cls(tokens_S=np.zeros(num_rows), max_norm_E=np.zeros(num_experts), **sums)
+
+    def add(self, other: LayerStatistics, *, rows: Sequence[int] | None = None) -> None:
+        """Add another's sums, its row i to the row rows[i] of this one (to row i by default)."""
+        at = slice(None) if rows is None else np.asarray(rows)
+        for name in ("tokens_S", *SUM_NAMES):
+            getattr(self, name)[at] += getattr(other, name)
+        np.maximum(self.max_norm_E, other.max_norm_E, out=self.max_norm_E)
+
+    def require_finite(self, layer: int) -> None:
+        """Raise DataError naming layer and expert where a sum is NaN or infinite."""
+        for name in (*SUM_NAMES, "max_norm_E"):
+            values = getattr(self, name)
+            if not np.isfinite(values).all():
+                expert = int(np.argwhere(~np.isfinite(values))[0][-1])
+                raise DataError(f"layer {layer}, expert {expert}: the sum {name} is not finite")
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """One observed body of text: what must agree, or differ, for sums to be added.
+
+    Attributes:
+        digest: SHA-256 over tokens, document borders and domains.
+        tokens: number of tokens.
+        sources: what was read, for people.
+    """
+
+    digest: str
+    tokens: int
+    sources: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The sums of every MoE layer, with what they were measured on.
+
+    Attributes:
+        origin: how the observed checkpoint was named; revision: the hub's commit or None.
+        layout: fingerprint of names, dtypes and shapes; routing: fingerprint of routers and selection biases.
+        num_experts, top_k, num_groups: the observed model's routing.
+        domains: names of the domains, in the order of the rows.
+        settings: what else decides the numbers (dtype, maximum length, seed).
+        calibration: the observed texts.
+        layers: sums by layer number.
+    """
+
+    origin: str
+    revision: str | None
+    layout: str
+    routing: str
+    num_experts: int
+    top_k: int
+    num_groups: int
+    domains: tuple[str, ...]
+    settings: Mapping[str, Any]
+    calibration: tuple[CalibrationRecord, ...]
+    layers: Mapping[int, LayerStatistics] = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(record.tokens for record in self.calibration)
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file; it appears under its name only when it is whole."""
+        arrays = {
+            f"layers.{index}.{part.name}": np.ascontiguousarray(getattr(layer, part.name))
+            for index, layer in self.layers.items()
+            for part in fields(layer)
+        }
+        described = {
+            part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("layers", "calibration")
+        }
+        described["calibration"] = [vars(record) for record in self.calibration]
+        metadata = {"format": FORMAT, "statistics": json.dumps(described, sort_keys=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file(arrays, partial, metadata=metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: not a statistics file, or a damaged one.
+        """
+        if not path.is_file():
+            raise DataError(f"there is no statistics file {path}", hint="make one with reapkit observe")
+        header, metadata = read_header(path)
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{path} is not a statistics file of reapkit", hint="make one with reapkit observe")
+        try:
+            described = json.loads(metadata["statistics"])
+            arrays = load_file(path)
+            layers: dict[int, LayerStatistics] = {}
+            for index in sorted({int(name.split(".")[1]) for name in header}):
+                names = {part.name: f"layers.{index}.{part.name}" for part in fields(LayerStatistics)}
+                layers[index] = LayerStatistics(**{part: arrays[name] for part, name in names.items()})
+            records = tuple(
+                CalibrationRecord(record["digest"], record["tokens"], tuple(record["sources"]))
+                for record in described.pop("calibration")
+            )
+            described["domains"] = tuple(described["domains"])
+            result = cls(**described, calibration=records, layers=layers)
+            shape = (len(result.domains) * NUM_FOLDS, result.num_experts)
+            if any(layer.count_SE.shape != shape for layer in layers.values()):
+                raise ValueError(f"sums that are not {list(shape)}")
+        except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+            raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
+        for index, layer in layers.items():
+            layer.require_finite(index)
+        return result
+
+
+def combine(parts: Sequence[Statistics]) -> Statistics:
+    """The sums of several runs over different text, as if they had been one.
+
+    Raises:
+        PlanError: the runs observed different models or settings, or the same text twice.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        for name, what in (("layout", "tensors"), ("routing", "routers"), ("settings", "settings")):
+            if getattr(part, name) != getattr(first, name):
+                raise PlanError(
+                    f"statistics of different {what} do not add up: {getattr(first, name)} and {getattr(part, name)}"
+                )
+        if part.layers.keys() != first.layers.keys():
+            raise PlanError("statistics of different layers do not add up")
+    records = [record for part in parts for record in part.calibration]
+    digests = [record.digest for record in records]
+    if len(set(digests)) < len(digests):
+        twice = next(digest for digest in digests if digests.count(digest) > 1)
+        raise PlanError(f"the calibration text {twice[:12]} is in more than one of the files and would count twice")
+
+    domains = tuple(sorted({domain for part in parts for domain in part.domains}))
+    layers = {index: LayerStatistics.zeros(len(domains) * NUM_FOLDS, first.num_experts) for index in first.layers}
+    for part in parts:
+        rows = [domains.index(domain) * NUM_FOLDS + fold for domain in part.domains for fold in range(NUM_FOLDS)]
+        for index, layer in part.layers.items():
+            layers[index].add(layer, rows=rows)
+    described = {
+        name: getattr(first, name)
+        for name in ("origin", "revision", "layout", "routing", "num_experts", "top_k", "num_groups", "settings")
+    }
+    return Statistics(**described, domains=domains, calibration=tuple(records), layers=layers)

@@ -1,0 +1,185 @@
+"""safetensors headers and byte spans, without decoding a single value.
+
+The format is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes end to end. The header comes from a
+stranger, so everything it claims is checked against the file before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reapkit.errors import CheckpointError, UnsupportedError, did_you_mean
+
+# fmt: off
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}
+# fmt: on
+
+# The reference implementation refuses larger headers; MiniMax-M2's largest is under 1 MB. Erring low would refuse real files.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: nothing is decoded.
+
+    Attributes:
+        name: the tensor's name on disk.
+        dtype: safetensors dtype code, a key of `DTYPE_BITS`.
+        shape: dimensions, outermost first.
+        file: name of the shard, relative to the checkpoint's folder.
+        start: first byte in the file.
+        stop: one past the last byte in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes that a tensor of this dtype and shape takes; sub-byte dtypes are packed without gaps."""
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise CheckpointError(f"{math.prod(shape)} values of {dtype} do not fill whole bytes")
+    return bits // 8
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} appears twice")
+    return result
+
+
+def parse_json(text: bytes | str, *, origin: str) -> dict[str, Any]:
+    """A JSON object from an untrusted file; duplicate keys and absurd nesting are errors.
+
+    Raises:
+        CheckpointError: not a JSON object, with `origin` named.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{origin} is not valid JSON: {reason}", hint="fetch the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{origin} holds a JSON {type(value).__name__} where an object is expected")
+    return value
+
+
+def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read one shard's header: tensors in order of their bytes, and the file's metadata.
+
+    Args:
+        path: the shard.
+        file: the name recorded in each `TensorInfo`; the path's own name by default.
+
+    Raises:
+        CheckpointError: the header is longer than the file, or lies about offsets, dtypes or shapes.
+    """
+    file = path.name if file is None else file
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{file} is truncated: {size} bytes, too short for a safetensors header",
+                    hint="fetch the shard again",
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            if length > size - 8:
+                raise CheckpointError(
+                    f"{file} is truncated or not safetensors: its header claims {length:,} bytes and the file has {size:,}",
+                    hint="fetch the shard again",
+                )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{file} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+    header = parse_json(text, origin=f"the header of {file}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file} has metadata that is not a table of strings")
+    data_start = 8 + length
+    infos = [_parse_entry(name, entry, file=file, data_start=data_start) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.start, info.stop))
+    position = data_start
+    for info in infos:
+        if info.start != position:
+            raise CheckpointError(
+                f"{file} has a gap or an overlap in front of {info.name!r}: "
+                f"byte {info.start:,} where {position:,} is expected"
+            )
+        position = info.stop
+    if position > size:
+        raise CheckpointError(
+            f"{file} is truncated: its tensors end at byte {position:,} and the file has {size:,}",
+            hint="fetch the shard again",
+        )
+    if position < size:
+        raise CheckpointError(f"{file} has {size - position:,} bytes that no tensor owns")
+    return {info.name: info for info in infos}, metadata
+
+
+def _parse_entry(name: str, entry: Any, *, file: str, data_start: int) -> TensorInfo:
+    where = f"{file} describes {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} without exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise UnsupportedError(f"{where} with the unknown dtype {dtype!r}", hint=did_you_mean(str(dtype), DTYPE_BITS))
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise CheckpointError(f"{where} with the shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        raise CheckpointError(f"{where} with the offsets {offsets!r}")
+    start, stop = offsets
+    if not 0 <= start <= stop or stop - start != nbytes(dtype, shape):
+        raise CheckpointError(
+            f"{where} as {dtype} {shape}, which takes {nbytes(dtype, shape):,} bytes, "
+            f"in the bytes {start:,} to {stop:,}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, data_start + stop)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> bytes:
+    """The 8-byte length and the JSON header of a shard whose tensors (name, dtype, shape) follow in this order.
+
+    Padded with spaces to a multiple of 8 bytes, as the reference implementation does, so that the data is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        stop = position + nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
