@@ -1,1 +1,44 @@
-"""Expert pruning for Mixture-of-Experts models: observe, plan, prune, verify, compare."""
+"""Expert pruning for Mixture-of-Experts language models: observe, plan, prune, verify, compare.
+
+The verbs of the command line, with the same names and defaults, are the functions exported here; torch is imported by the first one
+that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reapkit.compression import Compression, Target, compress, prune
+    from reapkit.errors import ReapkitError
+    from reapkit.fidelity import Fidelity, compare
+    from reapkit.inventory import Inventory, inspect
+    from reapkit.observation import Run, observe
+    from reapkit.plans import PruningPlan, choose, plan
+    from reapkit.statistics import Statistics, combine
+    from reapkit.verification import Verification, verify
+
+__version__ = version("reapkit")
+
+_HOMES = {
+    "Compression": "compression", "Target": "compression", "compress": "compression", "prune": "compression",
+    "ReapkitError": "errors",
+    "Fidelity": "fidelity", "compare": "fidelity",
+    "Inventory": "inventory", "inspect": "inventory",
+    "Run": "observation", "observe": "observation",
+    "PruningPlan": "plans", "choose": "plans", "plan": "plans",
+    "Statistics": "statistics", "combine": "statistics",
+    "Verification": "verification", "verify": "verification",
+}  # fmt: skip
+__all__ = [
+    "Compression", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
+    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reapkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"reapkit.{_HOMES[name]}"), name)

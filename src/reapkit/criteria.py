@@ -5,7 +5,7 @@ Shape suffixes: E = experts; S = rows of sums. An expert that no token was route
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +27,14 @@ def reap(layer: LayerStatistics) -> Array:
 
 def frequency(layer: LayerStatistics) -> Array:
     """Number of tokens routed to the expert."""
-    return layer.count_SE.sum(0)
+    total_E: Array = layer.count_SE.sum(0)
+    return total_E
 
 
 def ean_sum(layer: LayerStatistics) -> Array:
     """Sum of output norms over the tokens routed to the expert (expert activation norm, Jaiswal et al. 2025)."""
-    return layer.norm_SE.sum(0)
+    total_E: Array = layer.norm_SE.sum(0)
+    return total_E
 
 
 def ean_mean(layer: LayerStatistics) -> Array:
@@ -42,12 +44,14 @@ def ean_mean(layer: LayerStatistics) -> Array:
 
 def gate_sum(layer: LayerStatistics) -> Array:
     """Sum of gate weights: a soft frequency."""
-    return layer.gate_SE.sum(0)
+    total_E: Array = layer.gate_SE.sum(0)
+    return total_E
 
 
 def gated_norm_sum(layer: LayerStatistics) -> Array:
     """Sum of gate weight x output norm: REAP without its division by the number of tokens."""
-    return layer.gated_norm_SE.sum(0)
+    total_E: Array = layer.gated_norm_SE.sum(0)
+    return total_E
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -86,7 +90,7 @@ def score(layers: Mapping[int, LayerStatistics], criterion: str) -> Scores:
     return Scores(criterion, {index: CRITERIA[criterion](layer) for index, layer in layers.items()})
 
 
-def score_at_random(layers: Mapping[int, int] | list[int] | tuple[int, ...], num_experts: int, *, seed: int) -> Scores:
+def score_at_random(layers: Sequence[int], num_experts: int, *, seed: int) -> Scores:
     """Uniform scores that depend on the seed and on the layer's number alone."""
     return Scores(RANDOM, {index: np.random.default_rng([seed, index]).random(num_experts) for index in layers})
 

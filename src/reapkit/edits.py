@@ -19,7 +19,7 @@ from reapkit.checkpoint import CONFIG_NAME, Checkpoint
 from reapkit.errors import UnsupportedError, UsageError
 from reapkit.layout import MoELayout
 from reapkit.plans import PruningPlan
-from reapkit.tensors import DTYPE_BITS, TensorInfo
+from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes
 
 if TYPE_CHECKING:
     from reapkit.formats import Format
@@ -72,6 +72,10 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
     source: Copy | Take | Dequantize
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)
 
     @property
     def info(self) -> TensorInfo:
@@ -136,7 +140,9 @@ def _format_to_dequantize(checkpoint: Checkpoint) -> Format:
 
 def _take(info: TensorInfo, axis: int, indices: tuple[int, ...]) -> Take:
     if math.prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8:
-        raise UnsupportedError(f"the experts in {info.name!r} ({info.dtype} {list(info.shape)}) do not begin at whole bytes")
+        raise UnsupportedError(
+            f"the experts in {info.name!r} ({info.dtype} {list(info.shape)}) do not begin at whole bytes"
+        )
     return Take(info, axis, indices)
 
 
@@ -156,7 +162,7 @@ def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
     if isinstance(source, Take):
         stored = np.frombuffer(checkpoint.read(source.info), np.uint8)
         blocks = stored.reshape(source.num_blocks, source.info.shape[source.axis], source.row_bytes)
-        return memoryview(np.ascontiguousarray(blocks[:, list(source.indices)]).reshape(-1))
+        return np.ascontiguousarray(blocks[:, list(source.indices)]).reshape(-1).data
     import torch
 
     from reapkit.formats import decode, read_format
@@ -165,29 +171,32 @@ def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
     values = decode(checkpoint, weight.info, format=read_format(checkpoint.config))
     if isinstance(weight, Take):
         values = values.index_select(weight.axis, torch.tensor(weight.indices))
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def num_parameters(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int | None:
-    """Values that a model has, scales left out; None where the format packs them in a way that is not known."""
+def num_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Values in the tensors of these names and shapes, scales left out; None where the format packs them in a way that is not known."""
     if config.get("quantization_config") is None:
-        return sum(info.num_elements for info in tensors)
+        return sum(map(math.prod, shapes.values()))
     from reapkit.formats import read_format
 
     try:
         form = read_format(config)
     except UnsupportedError:
         return None
-    return sum(info.num_elements for info in tensors if not form.is_companion(info.name))
+    return sum(math.prod(shape) for name, shape in shapes.items() if not form.is_companion(name))
 
 
-def edit_config(config: Mapping[str, Any], layout: MoELayout, num_kept: int, *, dequantize: bool = False) -> dict[str, Any]:
+def edit_config(
+    config: Mapping[str, Any], layout: MoELayout, num_kept: int, *, dequantize: bool = False
+) -> dict[str, Any]:
     """The raw config with the new expert count under every key that held the old one, at whatever depth; nothing else changes.
 
     With `dequantize` the quantisation goes too, and the dtype becomes bfloat16 under the key that is there.
     """
-    edited = _recount(config, frozenset(layout.architecture.num_experts_keys), layout.num_experts, num_kept)
-    assert isinstance(edited, dict)
+    edited: dict[str, Any] = _recount(
+        config, frozenset(layout.architecture.num_experts_keys), layout.num_experts, num_kept
+    )
     if dequantize:
         edited = _without(edited, "quantization_config")
         section = layout.architecture.config_section

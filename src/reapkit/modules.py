@@ -77,7 +77,7 @@ def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: T
     gate_P = gate_NK.reshape(-1)[order_P]
     offsets_E = torch.searchsorted(expert_P, torch.arange(self.num_experts, device=expert_P.device), right=True).int()
 
-    def project(inputs: Tensor, name: str) -> Tensor:
+    def project(inputs: Tensor, name: str) -> Any:
         bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
         return _grouped_linear(inputs, getattr(self, name), offsets_E, bias=bias, is_transposed=self.is_transposed)
 

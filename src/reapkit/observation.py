@@ -138,7 +138,11 @@ class Observation:
         self.model = StreamedModel(
             self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
         )
-        self.settings = {"dtype": str(dtype).removeprefix("torch."), "max_length": max_length, "seed": seed}
+        self.settings: dict[str, Any] = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_length": max_length,
+            "seed": seed,
+        }
         self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
         budget = run.activation_budget or default_budget(self.model)
         self.waves = split_into_waves(self.batches, budget=budget, bytes_per_token=bytes_per_token(self.model))
@@ -213,6 +217,15 @@ class Observation:
             settings=self.settings,
             calibration=(record,),
             layers=layers,
+        )
+
+    def matches(self, statistics: Statistics) -> bool:
+        """Whether statistics are what `run` would measure: same model, text and settings."""
+        return (
+            statistics.layout == self.checkpoint.layout_fingerprint
+            and statistics.routing == self.checkpoint.fingerprint(self.layout.router_names)
+            and statistics.settings == self.settings
+            and [record.digest for record in statistics.calibration] == [self.data.digest]
         )
 
     def _observed_layers(self) -> list[int]:

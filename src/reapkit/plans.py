@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from reapkit import criteria
+from reapkit import layout as layouts
+from reapkit.architectures import ARCHITECTURES
+from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Scores
 from reapkit.errors import PlanError, UsageError
 from reapkit.layout import MoELayout
@@ -77,12 +81,7 @@ class PruningPlan:
                     f"layer {layer} of the plan keeps {list(experts)}, which are not ascending numbers "
                     f"below {self.num_experts}"
                 )
-        if self.num_kept < self.top_k:
-            raise PlanError(
-                f"keeping {self.num_kept} of {self.num_experts} experts is fewer than the {self.top_k} "
-                "that each token is routed to",
-                hint=_least(self.num_experts, self.top_k),
-            )
+        _require_top_k(self.num_kept, self.num_experts, self.top_k)
 
     @property
     def num_kept(self) -> int:
@@ -111,6 +110,7 @@ class PruningPlan:
                 f"the plan covers {len(self.kept)} layers of {self.num_experts} experts, "
                 f"the checkpoint has {len(layout.layers)} of {layout.num_experts}"
             )
+        _require_top_k(self.num_kept, layout.num_experts, layout.top_k)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -200,6 +200,29 @@ def num_kept(
     return min(num_experts, math.ceil(keep / num_groups) * num_groups)
 
 
+def require_target(layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None) -> int:
+    """The number of experts that would stay, refused before anything is observed.
+
+    Raises:
+        UsageError: an unknown criterion, neither or both of ratio and keep.
+        PlanError: fewer would stay than each token is routed to.
+    """
+    criteria.check(criterion)
+    count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    _require_top_k(count, layout.num_experts, layout.top_k)
+    return count
+
+
+def _require_top_k(count: int, num_experts: int, top_k: int) -> None:
+    if count < top_k:
+        # Rounded down, so that the ratio named is one that works.
+        largest = math.floor((num_experts - top_k) / num_experts * 1000) / 1000
+        raise PlanError(
+            f"keeping {count} of {num_experts} experts is fewer than the {top_k} that each token is routed to",
+            hint=f"keep at least {top_k}: --ratio {largest} or less",
+        )
+
+
 def select(scores: Scores, *, keep: int, num_groups: int = 1) -> dict[int, tuple[int, ...]]:
     """The `keep` experts of highest score in every layer, equally many in each group; ties keep the lower expert number."""
     per_group, rest = divmod(keep, num_groups)
@@ -213,6 +236,108 @@ def select(scores: Scores, *, keep: int, num_groups: int = 1) -> dict[int, tuple
         best = [np.lexsort((np.arange(size), -group))[:per_group] + start * size for start, group in enumerate(grouped)]
         kept[layer] = tuple(int(expert) for expert in np.sort(np.concatenate(best)))
     return kept
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan with what it was chosen from.
+
+    Attributes:
+        plan: the kept experts.
+        scores: of every expert.
+        statistics: what the scores rest on; None for the random criterion on a checkpoint.
+    """
+
+    plan: PruningPlan
+    scores: Scores
+    statistics: Statistics | None
+
+
+def choose(
+    source: Statistics | str | Path,
+    *,
+    criterion: str = "reap",
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Choice:
+    """Choose the experts that stay.
+
+    Args:
+        source: statistics or their file; the criterion `random` also takes a checkpoint.
+        criterion: a name in `criteria.CRITERIA`, or `random`.
+        ratio: share of the experts to remove, read as a decimal; or
+        keep: number of experts to keep per layer.
+        seed: of the criterion `random`.
+        revision: of a hub id.
+
+    Raises:
+        UsageError: an unknown criterion, neither or both of ratio and keep.
+        PlanError: fewer experts would stay than each token is routed to.
+    """
+    criteria.check(criterion)
+    if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
+        return _choose_for_checkpoint(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision)
+    statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
+    num_experts, num_groups = statistics.num_experts, statistics.num_groups
+    if criterion == criteria.RANDOM:
+        scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
+    else:
+        scores = criteria.score(statistics.layers, criterion)
+    plan = PruningPlan(
+        source=PlannedSource(statistics.origin, statistics.revision, statistics.layout, statistics.routing),
+        criterion=criterion,
+        num_experts=num_experts,
+        top_k=statistics.top_k,
+        kept=select(
+            scores, keep=num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups), num_groups=num_groups
+        ),
+        calibration=tuple(record.digest for record in statistics.calibration),
+        seed=seed if criterion == criteria.RANDOM else None,
+    )
+    return Choice(plan, scores, statistics)
+
+
+def plan(
+    source: Statistics | str | Path,
+    *,
+    criterion: str = "reap",
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> PruningPlan:
+    """The plan of `choose`, which also gives the scores behind it."""
+    return choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision).plan
+
+
+def _choose_for_checkpoint(
+    source: str | Path, *, criterion: str, ratio: str | float | None, keep: int | None, seed: int, revision: str | None
+) -> Choice:
+    if criterion != criteria.RANDOM:
+        raise UsageError(
+            f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
+            hint=f"first: reapkit observe {source} --data … -o statistics.safetensors",
+        )
+    checkpoint = Checkpoint.open(source, revision=revision)
+    layout = layouts.resolve(checkpoint, ARCHITECTURES)
+    scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
+    count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    plan = PruningPlan(
+        source=PlannedSource(
+            checkpoint.origin,
+            checkpoint.revision,
+            checkpoint.layout_fingerprint,
+            checkpoint.fingerprint(layout.router_names),
+        ),
+        criterion=criterion,
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        kept=select(scores, keep=count, num_groups=layout.num_groups),
+        seed=seed,
+    )
+    return Choice(plan, scores, None)
 
 
 @dataclass(frozen=True)
@@ -232,8 +357,9 @@ class LayerLoss:
     never_routed: tuple[int, ...]
 
 
-def losses(plan: PruningPlan, scores: Scores, statistics: Statistics | None = None) -> list[LayerLoss]:
-    """What the plan gives up, layer by layer."""
+def losses(choice: Choice) -> list[LayerLoss]:
+    """What a choice gives up, layer by layer."""
+    plan, scores, statistics = choice.plan, choice.scores, choice.statistics
     result = []
     for layer, score_E in scores.score_E.items():
         dropped = list(plan.dropped(layer))
@@ -250,9 +376,3 @@ def losses(plan: PruningPlan, scores: Scores, statistics: Statistics | None = No
 def _share(values_E: np.ndarray[Any, Any], chosen: Sequence[int]) -> float:
     total = float(values_E.sum())
     return float(values_E[list(chosen)].sum()) / total if total > 0 else 0.0
-
-
-def _least(num_experts: int, top_k: int) -> str:
-    # Rounded down, so that the ratio named is one that works.
-    largest = math.floor((num_experts - top_k) / num_experts * 1000) / 1000
-    return f"keep at least {top_k}: --ratio {largest} or less"

@@ -27,7 +27,7 @@ from reapkit.errors import CheckpointError, OutputError
 from reapkit.layout import MoELayout
 from reapkit.plans import PlannedSource, PruningPlan
 from reapkit.progress import Progress, silent
-from reapkit.tensors import encode_header, nbytes, parse_json
+from reapkit.tensors import encode_header, parse_json
 
 FORMAT = "reapkit-manifest-1"
 OWN_FOLDER = "reapkit"
@@ -103,7 +103,8 @@ class Manifest:
         path = out / MANIFEST_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"{out} has no {MANIFEST_NAME}, so it is not an output of reapkit", hint="give the folder that reapkit prune wrote"
+                f"{out} has no {MANIFEST_NAME}, so it is not an output of reapkit",
+                hint="give the folder that reapkit prune wrote",
             )
         described = parse_json(path.read_bytes(), origin=MANIFEST_NAME)
         if described.pop("format", None) != FORMAT:
@@ -149,7 +150,14 @@ def write(
     shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize)
     config = edits.edit_config(checkpoint.config, layout, plan.num_kept, dequantize=dequantize)
     manifest = _describe(
-        checkpoint, layout, plan, shards, routing=routing, dequantize=dequantize, base_model=base_model, details=details or {}
+        checkpoint,
+        layout,
+        plan,
+        shards,
+        routing=routing,
+        dequantize=dequantize,
+        base_model=base_model,
+        details=details or {},
     )
     index = {
         "metadata": {"total_size": manifest.after.bytes},
@@ -184,22 +192,18 @@ def _describe(
     details: Mapping[str, Any],
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
-    # Counted by the source's description of the output's shapes: a scale is left out whether it is still there or not.
-    left = [tensor.info for tensor in tensors]
-    parameters = edits.num_parameters(checkpoint.config, checkpoint.tensors.values())
-    removed = None if parameters is None else edits.num_parameters(checkpoint.config, left)
-    taken = sum(tensor.info.num_elements - _num_elements(tensor) for tensor in tensors)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     return Manifest(
         source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
         base_model=base_model,
         criterion=plan.criterion,
         seed=plan.seed,
         calibration=plan.calibration,
-        before=Size(layout.num_experts, parameters, checkpoint.nbytes),
+        before=Size(layout.num_experts, edits.num_parameters(checkpoint.config, shapes), checkpoint.nbytes),
         after=Size(
             plan.num_kept,
-            None if removed is None else removed - taken,
-            sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors),
+            edits.num_parameters(checkpoint.config, {tensor.name: tensor.shape for tensor in tensors}),
+            sum(tensor.nbytes for tensor in tensors),
         ),
         kept=plan.kept,
         dequantized=dequantize,
@@ -208,3 +212,262 @@ def _describe(
         versions={"reapkit": version("reapkit")},
         details=details,
     )
+
+
+def _identity(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
+    """What must agree for an interrupted run to go on: nothing of it stays in the finished folder.
+
+    Fingerprints do not see the experts' bytes, and fine-tuning often leaves routers as they were, so the shards' place, size and time
+    count too.
+    """
+    stats = {file: (checkpoint.path / file).stat() for file in checkpoint.files}
+    return {
+        "source": asdict(manifest.source),
+        "folder": str(checkpoint.path.resolve()),
+        "shards": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "plan": manifest.plan,
+        "dequantize": manifest.dequantized,
+        "base_model": manifest.base_model,
+        "versions": dict(manifest.versions),
+    }
+
+
+def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise OutputError unless the output folder is new, empty (but for reapkit's own folder) or an interrupted run's, and apart from the
+    source.
+    """
+    source, target = checkpoint.path.resolve(), out.resolve()
+    if target == source:
+        raise OutputError(f"the output {out} is the source itself", hint="give another folder")
+    if target.is_relative_to(source):
+        raise OutputError(f"the output {out} is inside the source {checkpoint.path}", hint="give a folder outside it")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"the output {out} is a file", hint="give a new folder")
+    if not out.exists() or (out / UNFINISHED_NAME).exists():
+        return
+    found = sorted(entry.name for entry in out.iterdir() if entry.name not in (OWN_FOLDER, UNFINISHED_NAME + _PARTIAL))
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise OutputError(f"the output folder {out} is not empty: it holds {found[0]}{more}", hint="give a new folder")
+
+
+@contextmanager
+def _claimed(out: Path, command: Mapping[str, Any], expected: Iterable[str]) -> Iterator[None]:
+    """Hold the folder's marker while its files are written, alone, and remove it when all are on the disk."""
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / UNFINISHED_NAME
+    if not marker.exists():
+        write_file(marker, (json.dumps(command, indent=2) + "\n").encode())
+    with marker.open("rb") as stream:
+        if not _lock(stream.fileno()):
+            raise OutputError(f"another process is writing to {out}", hint="wait for it, or give another folder")
+        _refuse_other_command(out, stream.read(), command)
+        _refuse_foreign_files(out, {*expected, UNFINISHED_NAME})
+        yield
+        for folder in {out, *(path.parent for path in map(out.joinpath, expected))}:
+            _sync_folder(folder)
+        marker.unlink()
+        _sync_folder(out)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: two runs at once into one folder go unnoticed
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network folder without locks
+        return True
+    return True
+
+
+def _refuse_other_command(out: Path, text: bytes, command: Mapping[str, Any]) -> None:
+    try:
+        begun = json.loads(text)
+    except ValueError:
+        begun = None
+    if begun == json.loads(json.dumps(command)):
+        return
+    differing = sorted(key for key in command if not isinstance(begun, dict) or begun.get(key) != command[key])
+    raise OutputError(
+        f"{out} holds the unfinished output of another command (other {', '.join(differing) or 'contents'})",
+        hint="repeat that command, or give another folder",
+    )
+
+
+def _refuse_foreign_files(out: Path, expected: set[str]) -> None:
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_file() and not name.startswith(OWN_FOLDER + "/") and name.removesuffix(_PARTIAL) not in expected:
+            raise OutputError(
+                f"the unfinished output {out} holds {name}, which this command does not write",
+                hint="remove it, or give a new folder",
+            )
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"writing to {out} stopped: {reason}",
+            hint="once that is cured, repeat the command: it goes on where it stopped",
+        ) from error
+
+
+def _write_shards(
+    checkpoint: Checkpoint, shards: Mapping[str, list[OutputTensor]], out: Path, progress: Progress
+) -> None:
+    headers = {
+        file: encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata=_METADATA)
+        for file, tensors in shards.items()
+    }
+    sizes = {file: len(headers[file]) + sum(tensor.nbytes for tensor in tensors) for file, tensors in shards.items()}
+    whole = {file for file in shards if _is_whole(out / file, sizes[file], headers[file])}
+    _require_space(checkpoint, out, sum(size for file, size in sizes.items() if file not in whole))
+    total, done = sum(sizes.values()), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("writing", done, total, "B")
+
+    for file, tensors in shards.items():
+        if file in whole:
+            advance(sizes[file])
+        else:
+            _write_shard(checkpoint, headers[file], tensors, out / file, advance)
+
+
+def _is_whole(path: Path, size: int, header: bytes) -> bool:
+    """Whether a shard was already renamed into place, which happens only to whole ones."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _require_space(checkpoint: Checkpoint, out: Path, missing: int) -> None:
+    # What an interrupted run left of a shard is written over, so its space counts as free.
+    partial = sum(path.stat().st_size for path in out.glob(f"*.safetensors{_PARTIAL}"))
+    needed = missing + sum((checkpoint.path / name).stat().st_size for name in checkpoint.sidecars)
+    free = shutil.disk_usage(out).free + partial
+    if needed > free:
+        raise OutputError(
+            f"{out} needs {needed / 1e9:,.3f} GB and its disk has {free / 1e9:,.3f} GB free",
+            hint="free some space and repeat the command, or give a folder on another disk",
+        )
+
+
+def _write_shard(
+    checkpoint: Checkpoint, header: bytes, tensors: list[OutputTensor], path: Path, advance: Advance
+) -> None:
+    source_file = tensors[0].info.file
+    with (checkpoint.path / source_file).open("rb", buffering=0) as source, _appearing(path) as target:
+        _write_all(target, header)
+        advance(len(header))
+        for piece in _joined(_pieces(checkpoint, tensors)):
+            if isinstance(piece, tuple):
+                _copy_range(source, target, *piece, file=source_file, advance=advance)
+            else:
+                _write_all(target, piece)
+                advance(len(piece))
+
+
+def _pieces(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> Iterator[tuple[int, int] | memoryview]:
+    """What a shard consists of: byte ranges of the source's shard, and computed bytes."""
+    for tensor in tensors:
+        source = tensor.source
+        if isinstance(source, Copy) or (isinstance(source, Take) and source.num_blocks == 1):
+            yield from edits.spans(source)
+        else:
+            yield edits.compute(checkpoint, source)
+
+
+def _joined(pieces: Iterable[tuple[int, int] | memoryview]) -> Iterator[tuple[int, int] | memoryview]:
+    """The same pieces with neighbouring byte ranges made one: kept tensors mostly follow each other."""
+    start = stop = 0
+    for piece in pieces:
+        if isinstance(piece, tuple) and piece[0] == stop:
+            stop = piece[1]
+            continue
+        if stop > start:
+            yield start, stop
+        start = stop = 0
+        if isinstance(piece, tuple):
+            start, stop = piece
+        else:
+            yield piece
+    if stop > start:
+        yield start, stop
+
+
+def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance) -> None:
+    """Append a byte range, inside the kernel where the file systems allow it."""
+    if hasattr(os, "copy_file_range"):
+        while start < stop:
+            try:
+                count = os.copy_file_range(source.fileno(), target.fileno(), min(stop - start, _CHUNK_BYTES), start)
+            except OSError as error:
+                if error.errno not in _NO_RANGE_COPY:
+                    raise
+                break
+            if not count:  # the end of the file, or a file system that only pretends: reading tells which
+                break
+            start += count
+            advance(count)
+    source.seek(start)
+    while start < stop:
+        chunk = source.read(min(stop - start, _CHUNK_BYTES))
+        if not chunk:
+            raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
+        _write_all(target, chunk)
+        start += len(chunk)
+        advance(len(chunk))
+
+
+def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    with (checkpoint.path / name).open("rb") as source, _appearing(out / name) as target:
+        while chunk := source.read(_CHUNK_BYTES):
+            _write_all(target, chunk)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file that appears under its name only when it is whole and on the disk."""
+    with _appearing(path) as target:
+        _write_all(target, content)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[FileIO]:
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("wb", buffering=0) as stream:
+        yield stream
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _write_all(target: FileIO, content: bytes | memoryview) -> None:
+    # One call writes at most 2 GiB.
+    view = memoryview(content)
+    while view:
+        view = view[target.write(view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where folders can be synced at all."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

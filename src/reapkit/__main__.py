@@ -1,0 +1,5 @@
+"""`python -m reapkit`."""
+
+from reapkit.cli import main
+
+main()

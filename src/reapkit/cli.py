@@ -1,0 +1,693 @@
+"""The command line: verbs, progress, printing. The only module that prints or exits.
+
+Results go to standard output or to the file named by -o; progress, notes and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reapkit import __version__
+from reapkit.errors import ReapkitError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from reapkit.observation import Estimate, Run
+    from reapkit.plans import Choice
+    from reapkit.progress import Progress
+
+app = typer.Typer(
+    name="reapkit",
+    help="Prune experts from Mixture-of-Experts checkpoints: observe, plan, prune, verify, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+EXIT_ANSWERED_NO = 3
+EXIT_INTERRUPTED = 130
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+# ---- options that several verbs share -------------------------------------------------------------------------------------------
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="a checkpoint's folder, or a hub id like ORG/NAME")]
+Data = Annotated[
+    list[str],
+    typer.Option("--data", metavar="D", help="[DOMAIN=]SOURCE[SUBSET](SPLIT)[:SAMPLES]: a file, a hub data set or reap-mix; repeatable"),
+]  # fmt: skip
+Ratio = Annotated[str | None, typer.Option(metavar="R", help="share of the experts to remove, a decimal: 0.25")]
+Keep = Annotated[int | None, typer.Option(metavar="K", help="experts to keep per layer")]
+CriterionOption = Annotated[str, typer.Option(metavar="C", help="how experts are scored; see reapkit list criteria")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="dtype of the computation; bfloat16 on a GPU and float32 on a CPU by default")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--activation-budget", metavar="B", help="memory for suspended activations, like 24GB; by default a share of free memory"),
+]  # fmt: skip
+MaxLength = Annotated[
+    int, typer.Option(metavar="N", min=2, help="tokens per document; longer samples are split into windows")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="of the choice of samples and of the criterion random")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
+Dequantize = Annotated[bool, typer.Option("--dequantize", help="write quantised weights as bf16")]
+BaseModel = Annotated[str | None, typer.Option(metavar="ID", help="hub id to record as the parent")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
+]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no tables: errors only")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show where an error came from")]
+
+
+def _verb(function: Function) -> Function:
+    """Register a verb whose errors become one sentence and the contract's exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except ReapkitError as error:
+            if kwargs.get("verbose"):
+                err.print_exception()
+            _print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on where this one stopped, as far as it can")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    app.command(function.__name__.rstrip("_"))(run)
+    return function
+
+
+def _print_error(error: ReapkitError) -> None:
+    err.print(f"[bold red]error:[/] {_escape(error.message)}", highlight=False, soft_wrap=True)
+    if error.hint:
+        err.print(f"[bold]hint:[/] {_escape(error.hint)}", highlight=False, soft_wrap=True)
+
+
+# ---- verbs ------------------------------------------------------------------------------------------------------------------------
+
+
+@_verb
+def inspect(
+    source: Source,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a checkpoint holds, and what pruning would leave of it."""
+    from reapkit.inventory import inspect
+
+    inventory = inspect(source, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(inventory.to_json())
+        return
+    if quiet:
+        return
+    about = " (sizes estimated from the configuration)" if inventory.estimated else ""
+    out.print(
+        f"[bold]{_escape(inventory.origin)}[/]: {inventory.architecture}, {inventory.format}{about}", highlight=False
+    )
+    out.print(
+        f"{inventory.num_layers} layers, {inventory.moe_layers} of them with {inventory.num_experts} experts, "
+        f"{inventory.top_k} per token ({inventory.scoring}); {inventory.parameters:,} parameters, "
+        f"{inventory.active_parameters:,} active; {_size(inventory.nbytes)} in {inventory.shards} shards",
+        highlight=False,
+    )
+    parts = _table("part", "parameters", "bytes")
+    for part in inventory.parts:
+        parts.add_row(part.name, f"{part.parameters:,}", _size(part.nbytes))
+    out.print(parts)
+    left = _table("removed", "experts", "parameters", "active", "bytes")
+    for row in inventory.shrunk:
+        left.add_row(
+            _percent(float(row.ratio)),
+            str(row.num_experts),
+            f"{row.parameters:,}",
+            f"{row.active_parameters:,}",
+            _size(row.nbytes),
+        )
+    out.print(left)
+
+
+@_verb
+def observe(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="statistics file to write")],
+    data: Data = ["reap-mix"],  # noqa: B006
+    activation_budget: Budget = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_length: MaxLength = 2048,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure on calibration text how much every expert contributes."""
+    from reapkit.observation import Observation
+
+    run = _run(device, dtype, activation_budget, trust_remote_code)
+    observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision)
+    _note_windows(observation.data.sources, quiet=quiet)
+    if dry_run:
+        _print_estimate(observation.estimate(), as_json=as_json)
+        return
+    with _progress(quiet) as progress:
+        statistics = observation.run(progress=progress)
+    statistics.save(output)
+    if as_json:
+        _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains),
+                     "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip
+    elif not quiet:
+        err.print(f"wrote {_escape(str(output))}: {len(statistics.layers)} layers, {statistics.num_tokens:,} tokens, "
+                  f"domains {_escape(', '.join(statistics.domains))}", highlight=False)  # fmt: skip
+
+
+@_verb
+def combine(
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="STATS STATS…", help="statistics of one model on different text")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="statistics file to write")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Add up statistics that were observed on different text, or on different machines."""
+    from reapkit.statistics import Statistics, combine
+
+    if len(parts) < 2:
+        raise UsageError("combining takes two statistics files or more")
+    statistics = combine([Statistics.load(part) for part in parts])
+    statistics.save(output)
+    if as_json:
+        _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains)})
+    elif not quiet:
+        err.print(f"wrote {_escape(str(output))}: {statistics.num_tokens:,} tokens", highlight=False)
+
+
+@_verb
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="STATS|SRC", help="statistics; the criterion random also takes a checkpoint")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="plan to write")],
+    criterion: CriterionOption = "reap",
+    ratio: Ratio = None,
+    keep: Keep = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Choose the experts that stay; takes seconds and no device."""
+    from reapkit.plans import choose
+
+    choice = choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision)
+    if not dry_run:
+        choice.plan.save(output)
+    if as_json:
+        _print_json(_described_choice(choice, None if dry_run else output))
+    elif not quiet:
+        _print_choice(choice)
+        err.print("nothing written" if dry_run else f"wrote {_escape(str(output))}", highlight=False)
+
+
+@_verb
+def prune(
+    source: Source,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
+    ],
+    dequantize: Dequantize = False,
+    base_model: BaseModel = None,
+    revision: Revision = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the checkpoint that a plan leaves, byte for byte."""
+    from reapkit.compression import prune
+
+    with _progress(quiet) as progress:
+        manifest = prune(
+            source,
+            plan,
+            output,
+            dequantize=dequantize,
+            base_model=base_model,
+            revision=revision,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(manifest.to_json())
+    elif not quiet:
+        verb = "would write" if dry_run else "wrote"
+        err.print(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}", highlight=False)
+
+
+@_verb
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="folder that reapkit wrote")],
+    source: Annotated[
+        str | None, typer.Option(metavar="SRC", help="the source; where it was by default, needed once")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check an output against its source and its manifest; exit code 3 if anything is wrong."""
+    from reapkit.verification import verify
+
+    with _progress(quiet) as progress:
+        verification = verify(output, source=source, progress=progress)
+    if as_json:
+        _print_json(verification.to_json())
+    elif not quiet:
+        _print_verification(verification)
+    if not verification.ok:
+        raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+@_verb
+def compress(
+    source: Source,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
+    ],
+    data: Data = ["reap-mix"],  # noqa: B006
+    ratio: Ratio = None,
+    keep: Keep = None,
+    criterion: CriterionOption = "reap",
+    activation_budget: Budget = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_length: MaxLength = 2048,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dequantize: Dequantize = False,
+    base_model: BaseModel = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Observe, plan, prune and verify in one; repeated after an interruption, it goes on."""
+    from reapkit import compression
+    from reapkit.compression import Target
+
+    run = _run(device, dtype, activation_budget, trust_remote_code)
+    target = Target(ratio=ratio, keep=keep, criterion=criterion)
+    text = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
+    if dry_run:
+        _print_estimate(compression.prepare(source, output, target, **text).estimate(), as_json=as_json)
+        return
+    with _progress(quiet) as progress:
+        result = compression.compress(
+            source, output, target, **text, dequantize=dequantize, base_model=base_model, progress=progress
+        )
+    if as_json:
+        _print_json(
+            {
+                "statistics": str(result.statistics),
+                "plan": _described_choice(result.choice, None),
+                "manifest": result.manifest.to_json(),
+                "verification": result.verification.to_json(),
+            }
+        )
+    elif not quiet:
+        _print_choice(result.choice)
+        err.print(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}", highlight=False)
+        _print_verification(result.verification)
+    if not result.verification.ok:
+        raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+@_verb
+def compare(
+    original: Annotated[str, typer.Argument(metavar="A", help="the original: a folder or hub id")],
+    pruned: Annotated[str, typer.Argument(metavar="B", help="the pruned model: a folder or hub id")],
+    data: Annotated[list[str], typer.Option("--data", metavar="D", help="held-out text, as in observe; repeatable")],
+    fail_on: Annotated[
+        str | None, typer.Option(metavar="M=X,…", help="exit with 3 if kl is above or top1 below: kl=0.1,top1=0.9")
+    ] = None,
+    activation_budget: Budget = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_length: MaxLength = 2048,
+    seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure how far a pruned model is from its parent on held-out text."""
+    from reapkit.fidelity import compare, failed_thresholds
+
+    run = _run(device, dtype, activation_budget, trust_remote_code)
+    with _progress(quiet) as progress:
+        fidelity = compare(original, pruned, data, run=run, max_length=max_length, seed=seed, progress=progress)
+    failed = failed_thresholds(fidelity, fail_on) if fail_on else []
+    if as_json:
+        _print_json({**fidelity.to_json(), "failed": failed})
+    elif not quiet:
+        table = _table("domain", "tokens", "KL, nats/token", "top-1 agreement", "perplexity", "pruned")
+        for name, row in [*fidelity.domains.items(), ("overall", fidelity.overall)]:
+            table.add_row(
+                name,
+                f"{row.tokens:,}",
+                *(_figure(f) for f in (row.kl, row.top1, row.perplexity_original, row.perplexity_pruned)),
+            )
+        out.print(table)
+        out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.documents:,} documents, seed {seed}; +- is one standard error",
+                  highlight=False)  # fmt: skip
+    for sentence in failed:
+        err.print(f"[bold red]failed:[/] {sentence}", highlight=False)
+    if failed:
+        raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+@_verb
+def list_(
+    what: Annotated[str, typer.Argument(metavar="architectures|criteria", help="what to list")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """List what reapkit knows."""
+    rows = _listings().get(what)
+    if rows is None:
+        raise UsageError(f"there is no list of {what!r}", hint=did_you_mean(what, _listings()))
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table(*rows[0], numbers=False)
+    for row in rows:
+        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row.values()))
+    out.print(table)
+
+
+def _listings() -> dict[str, list[dict[str, Any]]]:
+    from reapkit.architectures import ARCHITECTURES
+    from reapkit.criteria import CRITERIA, RANDOM
+
+    criteria = [
+        {"criterion": name, "score": (function.__doc__ or "").splitlines()[0]} for name, function in CRITERIA.items()
+    ]
+    criteria.append(
+        {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
+    )
+    architectures = [
+        {"family": entry.name, "model_type": list(entry.model_types), "routing": entry.scoring}
+        for entry in ARCHITECTURES
+    ]
+    return {"architectures": architectures, "criteria": criteria}
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"reapkit {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- printing ---------------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _print_estimate(estimate: Estimate, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(estimate.to_json())
+        return
+    table = _table("what", "estimate")
+    hours = f"{estimate.hours * 60:.1f} minutes" if estimate.hours < 1 else f"{estimate.hours:.1f} hours"
+    rows = {
+        "tokens": f"{estimate.tokens:,} in {estimate.documents:,} documents",
+        "waves": f"{estimate.waves} of {estimate.batches} micro-batches in all",
+        "time": f"{hours} at {estimate.compute_rate:,.0f} tokens/s a layer, {_size(estimate.disk_rate)}/s from disk",
+        "memory": f"{_size(estimate.device_bytes)} on {estimate.device}, {_size(estimate.held_bytes)} of it activations",
+        "dtype": estimate.dtype,
+        "read": _size(estimate.read_bytes),
+        "written": _size(estimate.output_bytes),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _described_choice(choice: Choice, output: Path | None) -> dict[str, Any]:
+    from reapkit.plans import losses
+
+    return {
+        "plan": None if output is None else str(output),
+        "criterion": choice.plan.criterion,
+        "num_experts": choice.plan.num_experts,
+        "num_kept": choice.plan.num_kept,
+        "layers": [vars(loss) for loss in losses(choice)],
+    }
+
+
+def _print_choice(choice: Choice) -> None:
+    from reapkit.plans import losses
+
+    table = _table("layer", "kept", "saliency lost", "routed pairs lost", "never routed")
+    for loss in losses(choice):
+        routed = "-" if loss.routed_lost is None else _percent(loss.routed_lost)
+        never = ", ".join(map(str, loss.never_routed)) or "-"
+        table.add_row(
+            str(loss.layer),
+            f"{choice.plan.num_kept} of {choice.plan.num_experts}",
+            _percent(loss.saliency_lost),
+            routed,
+            never,
+        )
+    out.print(table)
+
+
+def _print_verification(verification: Any) -> None:
+    for problem in verification.problems:
+        err.print(f"[bold red]wrong:[/] {_escape(problem)}", highlight=False, soft_wrap=True)
+    if verification.ok:
+        against = "its source, byte for byte" if verification.against_source else "its recorded digests"
+        err.print(
+            f"verified {verification.tensors:,} tensors, {_size(verification.nbytes)}, against {against}",
+            highlight=False,
+        )
+
+
+def _note_windows(sources: Sequence[Any], *, quiet: bool) -> None:
+    windows = sum(source.windows for source in sources)
+    samples = sum(source.samples for source in sources)
+    if windows > samples and not quiet:
+        err.print(
+            f"{samples:,} samples were split into {windows:,} windows of at most --max-length tokens; none was dropped",
+            highlight=False,
+        )
+
+
+def _shrinking(manifest: Any) -> str:
+    before, after = manifest.before, manifest.after
+    return (
+        f"{before.experts} to {after.experts} experts, {before.parameters:,} to {after.parameters:,} parameters, "
+        f"{_size(before.bytes)} to {_size(after.bytes)}"
+    )
+
+
+def _table(*columns: str, numbers: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and position else "left", overflow="fold")
+    return table
+
+
+def _figure(figure: Any) -> str:
+    return (
+        f"{figure.value:.4f}" if figure.standard_error is None else f"{figure.value:.4f} +- {figure.standard_error:.4f}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _size(count: float) -> str:
+    """Decimal bytes, as disks and the hub count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+# ---- arguments --------------------------------------------------------------------------------------------------------------------
+
+
+def _run(device: str | None, dtype: str | None, budget: str | None, trust_remote_code: bool) -> Run:
+    from reapkit.observation import Run
+
+    return Run(device, dtype, None if budget is None else parse_size(budget), trust_remote_code)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `24GB`, `512 MiB` or `1000`.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is not a size", hint="for example 24GB or 512MiB")
+    power = " kmgt".index((match[2] or " ").lower())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """Bars with rate, elapsed and remaining time on a terminal; a line per finished task elsewhere."""
+    if quiet:
+        from reapkit.progress import silent
+
+        yield silent
+    elif err.is_terminal:
+        with _Bars() as bars:
+            yield bars.update
+    else:
+        yield _Lines().update
+
+
+class _Lines:
+    """A line whenever a task is done, and every half minute of a long one."""
+
+    _EVERY_SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+        self._printed: dict[str, float] = {}
+
+    def update(self, task: str, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        start = self._started.setdefault(task, now)
+        last = self._printed.setdefault(task, now)
+        if last < 0 or (done < total and now - last < self._EVERY_SECONDS):
+            return
+        elapsed = now - start
+        rate = done / elapsed if elapsed else 0.0
+        remaining = f", {_duration((total - done) / rate)} remaining" if rate and done < total else ""
+        err.print(
+            f"{task}: {_amount(done, unit)} of {_amount(total, unit)} in {_duration(elapsed)}{remaining}",
+            highlight=False,
+        )
+        self._printed[task] = -1.0 if done >= total else now
+
+
+class _Bars:
+    """Progress bars, a bar per task."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("remaining"),
+        )
+        self._progress = Progress(*columns, console=err)
+        self._tasks: dict[str, Any] = {}
+        self._started: dict[str, float] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._progress.__exit__(*details)
+
+    def update(self, task: str, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        if task not in self._tasks:
+            self._tasks[task] = self._progress.add_task(task, total=total, rate="")
+            self._started[task] = now
+        elapsed = now - self._started[task]
+        rate = f"{_amount(done / elapsed, unit)}/s" if elapsed > 0 and done else ""
+        self._progress.update(self._tasks[task], completed=done, total=total, rate=rate)
+
+
+def _amount(count: float, unit: str) -> str:
+    return _size(count) if unit == "B" else f"{count:,.0f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="reapkit")

@@ -1,0 +1,157 @@
+"""The whole way in one call: observe, plan, prune, verify, each stage's result a file that a repeated run takes up again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reapkit import layout as layouts
+from reapkit import plans, shards
+from reapkit.architectures import ARCHITECTURES
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import DataError
+from reapkit.observation import Observation, Run
+from reapkit.plans import Choice, PruningPlan
+from reapkit.progress import Progress, silent
+from reapkit.shards import OWN_FOLDER, Manifest
+from reapkit.statistics import Statistics
+from reapkit.verification import Verification, verify
+
+STATISTICS_NAME = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove, by which criterion.
+
+    Attributes:
+        ratio: share of the experts to remove, read as a decimal; or
+        keep: number of experts to keep per layer.
+        criterion: a name in `criteria.CRITERIA`, or `random`.
+    """
+
+    ratio: str | float | None = None
+    keep: int | None = None
+    criterion: str = "reap"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What each stage brought."""
+
+    statistics: Path
+    choice: Choice
+    manifest: Manifest
+    verification: Verification
+
+
+def prune(
+    source: str | Path,
+    plan: PruningPlan | str | Path,
+    out: str | Path,
+    *,
+    dequantize: bool = False,
+    base_model: str | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write the checkpoint that a plan leaves: the source's bytes, re-sliced.
+
+    Args:
+        source: a checkpoint's folder or hub id.
+        plan: the plan or its file.
+        out: a new folder; an interrupted run's is gone on with.
+        dequantize: write quantised weights as bf16 instead.
+        base_model: the hub id to record as the parent.
+        revision: of a hub id.
+        progress: told how far it is.
+
+    Raises:
+        PlanError: the plan is for another model.
+        OutputError: the folder cannot be written.
+    """
+    checkpoint = Checkpoint.open(source, revision=revision)
+    layout = layouts.resolve(checkpoint, ARCHITECTURES)
+    chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
+    return shards.write(
+        checkpoint, layout, chosen, Path(out), dequantize=dequantize, base_model=base_model, progress=progress
+    )
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    target: Target,
+    *,
+    data: Sequence[str] = ("reap-mix",),
+    run: Run | None = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    revision: str | None = None,
+    dequantize: bool = False,
+    base_model: str | None = None,
+    progress: Progress = silent,
+) -> Compression:
+    """Observe, plan, prune and verify.
+
+    The statistics are kept in `out/reapkit/`; the same command, repeated after an interruption, does not observe again.
+
+    Args:
+        source: a checkpoint's folder or hub id.
+        out: a new folder.
+        target: how much to remove, by which criterion.
+        data, run, max_length, seed, revision: as in `observe`.
+        dequantize, base_model: as in `prune`.
+        progress: told how far it is.
+    """
+    out = Path(out)
+    observation = prepare(source, out, target, data=data, run=run, max_length=max_length, seed=seed, revision=revision)
+    path = out / OWN_FOLDER / STATISTICS_NAME
+    statistics = observed_before(path, observation)
+    if statistics is None:
+        statistics = observation.run(progress=progress)
+        statistics.save(path)
+    choice = plans.choose(statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, seed=seed)
+    manifest = shards.write(
+        observation.checkpoint,
+        observation.layout,
+        choice.plan,
+        out,
+        dequantize=dequantize,
+        base_model=base_model,
+        progress=progress,
+    )
+    return Compression(path, choice, manifest, verify(out, source=observation.checkpoint.path, progress=progress))
+
+
+def prepare(
+    source: str | Path,
+    out: Path,
+    target: Target,
+    *,
+    data: Sequence[str],
+    run: Run | None,
+    max_length: int,
+    seed: int,
+    revision: str | None,
+) -> Observation:
+    """Everything that can fail before hours of observing are spent: target, output folder, data."""
+    checkpoint = Checkpoint.open(source, revision=revision)
+    layout = layouts.resolve(checkpoint, ARCHITECTURES)
+    shards.refuse_folder(checkpoint, out)
+    plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
+    return Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
+
+
+def observed_before(path: Path, observation: Observation) -> Statistics | None:
+    """The statistics that an interrupted run left, if they are of this model, text and settings."""
+    if not path.exists():
+        return None
+    statistics = Statistics.load(path)
+    if observation.matches(statistics):
+        return statistics
+    raise DataError(
+        f"{path} was observed on another model, text or settings",
+        hint="repeat the command that began this output, or give another folder",
+    )

@@ -1,0 +1,390 @@
+"""Whether an output is what its manifest says: byte for byte against its source once, by digests afterwards.
+
+Neither transformers nor vLLM checks a pruned quantised checkpoint for completeness, so a gap in expert numbers or a lost scale would load
+silently wrong. What is expected is worked out here from the source and the manifest's kept experts, not from what the writer did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reapkit import edits
+from reapkit.architectures import ARCHITECTURES
+from reapkit.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    is_inside,
+    read_config,
+    read_index,
+    refuse_unfinished,
+    shard_path,
+)
+from reapkit.errors import CheckpointError, ReapkitError
+from reapkit.layout import MoELayout, resolve
+from reapkit.progress import Progress, silent
+from reapkit.shards import Manifest
+from reapkit.tensors import TensorInfo, nbytes, parse_json, read_header
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        problems: a sentence for each thing that is wrong, naming the tensor or file.
+        num_tensors: tensors in readable shards.
+        num_bytes: bytes that were read and hashed.
+        against_source: whether tensors were compared with the source; else files with the digests of an earlier verification.
+    """
+
+    problems: tuple[str, ...]
+    num_tensors: int
+    num_bytes: int
+    against_source: bool
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(out: str | Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Verification:
+    """Check an output folder, reading each of its files once.
+
+    The first run compares with the source and, if all is well, records the digest of every file in the manifest. Later runs need only
+    the digests; with `source` they compare again.
+
+    Raises:
+        CheckpointError: not a finished output of reapkit, another checkpoint's source, or no source where one is needed.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise CheckpointError(f"there is no folder {out}", hint="give the folder that reapkit prune wrote")
+    refuse_unfinished(out)
+    manifest = Manifest.load(out)
+    original = _open_source(out, manifest, source) if source is not None or manifest.digests is None else None
+
+    found = _Output(out)
+    found.read_tables()
+    found.check_counts(manifest)
+    expected: dict[str, _Expected] = {}
+    sidecars: tuple[str, ...] = ()
+    if original is not None:
+        checkpoint, layout = original
+        expected = _expected_tensors(checkpoint, layout, manifest)
+        sidecars = checkpoint.sidecars
+        found.compare_tables(expected)
+        found.compare_config(
+            edits.edit_config(checkpoint.config, layout, manifest.after.num_experts, dequantize=manifest.dequantized)
+        )
+        found.compare_sidecars(checkpoint)
+    found.read_files(
+        expected,
+        {*found.headers, *sidecars, CONFIG_NAME, INDEX_NAME, *(manifest.digests or {})},
+        checkpoint=original[0] if original is not None else None,
+        progress=progress or silent,
+    )
+    if manifest.digests is not None:
+        found.compare_digests(manifest.digests)
+    elif not found.problems:
+        replace(manifest, digests=dict(sorted(found.digests.items()))).save(out)
+    num_tensors = sum(len(header) for header in found.headers.values())
+    return Verification(tuple(found.problems), num_tensors, found.num_bytes, original is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Where a tensor of the output should come from.
+
+    Attributes:
+        info: the source's tensor.
+        dtype, shape: what the output should say.
+        axis: of the experts, where only some of them are kept; else None.
+        indices: the kept experts along it.
+        dequantized: whether the values are to be bf16.
+    """
+
+    info: TensorInfo
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+    indices: tuple[int, ...] = ()
+    dequantized: bool = False
+
+
+def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tuple[Checkpoint, MoELayout]:
+    planned = manifest.source
+    try:
+        revision = planned.revision if source is None else None
+        checkpoint = Checkpoint.open(planned.origin if source is None else source, revision=revision)
+    except ReapkitError as error:
+        if source is not None:
+            raise
+        raise CheckpointError(
+            f"{out} was not yet compared with its source, and that cannot be opened: {error.message}",
+            hint="say where the source is with --source",
+        ) from None
+    layout = resolve(checkpoint, ARCHITECTURES)
+    routing = checkpoint.fingerprint(layout.router_names)
+    if (checkpoint.layout_fingerprint, routing) != (planned.layout, planned.routing):
+        what = "tensors" if checkpoint.layout_fingerprint != planned.layout else "routers"
+        raise CheckpointError(
+            f"{checkpoint.origin} is not the checkpoint that {out} was made from: it has other {what}",
+            hint=f"it was made from {planned.origin}" + (f" at {planned.revision}" if planned.revision else ""),
+        )
+    return checkpoint, layout
+
+
+def _expected_tensors(checkpoint: Checkpoint, layout: MoELayout, manifest: Manifest) -> dict[str, _Expected]:
+    """What the output should hold, by name: the experts in the manifest's order, stacked tensors at those indices, the rest as it is."""
+    if set(manifest.kept) != set(layout.layer_indices):
+        raise CheckpointError(
+            f"the manifest lists the kept experts of {len(manifest.kept)} layers, the source has {len(layout.layers)}"
+        )
+    expected: dict[str, _Expected] = {}
+    for layer in layout.layers:
+        kept = manifest.kept[layer.index]
+        if len(set(kept)) != manifest.after.num_experts or not set(kept) <= set(range(layout.num_experts)):
+            raise CheckpointError(
+                f"the manifest lists {len(set(kept))} kept experts in layer {layer.index}, where it says {manifest.after.num_experts}"
+            )
+        for rank, expert in enumerate(kept):
+            for info in layer.experts[expert].values() if layer.experts else ():
+                expected[layout.renamed(info.name, rank)] = _Expected(info, info.dtype, info.shape)
+        for stacked in layer.stacked:
+            info, axis = stacked.info, stacked.axis
+            shape = tuple(len(kept) if i == axis else size for i, size in enumerate(info.shape))
+            expected[info.name] = _Expected(info, info.dtype, shape, axis, kept)
+    for name, info in checkpoint.tensors.items():
+        if name not in layout.expert_of and name not in layout.stacked_of:
+            expected[name] = _Expected(info, info.dtype, info.shape)
+    if manifest.dequantized:
+        from reapkit.formats import read_format
+
+        form = read_format(checkpoint.config)
+        expected = {
+            name: replace(item, dtype="BF16", dequantized=True)
+            if form.companions(item.info, checkpoint.tensors)
+            else item
+            for name, item in expected.items()
+            if not form.is_companion(name)
+        }
+    return expected
+
+
+@dataclass
+class _Output:
+    """What is found in an output folder; every method adds what is wrong to `problems`.
+
+    Attributes:
+        path: the folder.
+        weight_map: the index, empty where it cannot be read.
+        headers: tensors by shard, for shards that can be read.
+        digests: SHA-256 by file name.
+    """
+
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    headers: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def read_tables(self) -> None:
+        """Read index and headers: each names exactly what the other does, and nothing else lies around."""
+        try:
+            self.weight_map, _ = read_index(self.path)
+        except ReapkitError as error:
+            self.problems.append(error.message)
+            return
+        for file in sorted(set(self.weight_map.values())):
+            try:
+                self.headers[file], _ = read_header(shard_path(self.path, file), file=file)
+            except ReapkitError as error:
+                self.problems.append(error.message)
+        for name, file in self.weight_map.items():
+            if file in self.headers and name not in self.headers[file]:
+                self.problems.append(f"{INDEX_NAME} places {name!r} in {file}, which does not hold it")
+        for file, header in self.headers.items():
+            for name in header:
+                if self.weight_map.get(name) != file:
+                    self.problems.append(f"{file} holds {name!r}, which {INDEX_NAME} does not place there")
+        for path in sorted(self.path.rglob("*.safetensors")):
+            file = path.relative_to(self.path).as_posix()
+            if file not in self.weight_map.values() and not file.startswith("reapkit/"):
+                self.problems.append(f"{file} is a safetensors file that {INDEX_NAME} does not name")
+        self._check_total_size()
+
+    def _check_total_size(self) -> None:
+        if not (self.path / INDEX_NAME).is_file():
+            self.problems.append(f"{INDEX_NAME} is missing")
+            return
+        stated = parse_json((self.path / INDEX_NAME).read_bytes(), origin=INDEX_NAME).get("metadata")
+        size = stated.get("total_size") if isinstance(stated, dict) else None
+        total = sum(info.nbytes for header in self.headers.values() for info in header.values())
+        if size != total:
+            self.problems.append(f"{INDEX_NAME} gives a total_size of {size} where the tensors take {total} bytes")
+
+    def check_counts(self, manifest: Manifest) -> None:
+        """The folder opens as a checkpoint whose experts are numbered without gaps, as many as config and manifest say."""
+        if self.problems:
+            return  # opening would stop at the first of them
+        try:
+            num_experts = resolve(Checkpoint.open(self.path), ARCHITECTURES).num_experts
+        except ReapkitError as error:
+            self.problems.append(error.message)
+            return
+        if num_experts != manifest.after.num_experts:
+            self.problems.append(
+                f"the checkpoint has {num_experts} experts per layer, the manifest says {manifest.after.num_experts}"
+            )
+
+    def compare_tables(self, expected: Mapping[str, _Expected]) -> None:
+        """Names are complete and nothing more; dtypes and shapes are the source's."""
+        held = {name: info for header in self.headers.values() for name, info in header.items()}
+        unreadable = set(self.weight_map.values()) - self.headers.keys()
+        for name, item in expected.items():
+            info = held.get(name)
+            if info is None:
+                if self.weight_map.get(name) not in unreadable:
+                    self.problems.append(f"{name!r} is missing: it should come from {item.info.name!r} of the source")
+            elif (info.dtype, info.shape) != (item.dtype, item.shape):
+                self.problems.append(
+                    f"{name!r} in {info.file} is {info.dtype} {list(info.shape)} where {item.dtype} {list(item.shape)} is expected"
+                )
+        for name in held.keys() - expected.keys():
+            self.problems.append(f"{name!r} in {held[name].file} has no counterpart in the source")
+
+    def compare_config(self, expected: Mapping[str, Any]) -> None:
+        """The config is the source's but for what pruning changes."""
+        try:
+            config = read_config(self.path)
+        except ReapkitError as error:
+            self.problems.append(error.message)
+            return
+        self.problems.extend(_differences(config, expected, CONFIG_NAME))
+
+    def compare_sidecars(self, checkpoint: Checkpoint) -> None:
+        """Tokenizer, template, licence and remote code are the source's, byte for byte."""
+        for name in checkpoint.sidecars:
+            path = self.path / name
+            if not path.is_file():
+                self.problems.append(f"{name} is missing")
+            elif not _same_bytes(path, checkpoint.path / name):
+                self.problems.append(f"{name} differs from the source's")
+
+    def read_files(
+        self, expected: Mapping[str, _Expected], names: set[str], *, checkpoint: Checkpoint | None, progress: Progress
+    ) -> None:
+        """Hash every file, and compare its tensors with the source on the way."""
+        present = [
+            name for name in sorted(names) if (self.path / name).is_file() and is_inside(self.path / name, self.path)
+        ]
+        total = sum((self.path / name).stat().st_size for name in present)
+        for name in present:
+            digest = hashlib.sha256()
+            for chunk in self._compared(name, expected, checkpoint):
+                digest.update(chunk)
+                self.num_bytes += len(chunk)
+                progress("verifying", self.num_bytes, total, "B")
+            self.digests[name] = digest.hexdigest()
+
+    def _compared(self, file: str, expected: Mapping[str, _Expected], checkpoint: Checkpoint | None) -> Iterator[bytes]:
+        """A file's bytes in pieces, those of its tensors held against the source's."""
+        with (self.path / file).open("rb") as stream:
+            for info in self.headers.get(file, {}).values():
+                item = expected.get(info.name)
+                comparable = item is not None and (info.dtype, info.shape) == (item.dtype, item.shape)
+                if checkpoint is None or item is None or not comparable:
+                    continue
+                yield from _pieces(stream, info.start - stream.tell())
+                same = True
+                for wanted in _wanted(checkpoint, item):
+                    piece = stream.read(len(wanted))
+                    same = same and piece == wanted
+                    yield piece
+                if not same:
+                    self.problems.append(_describe_difference(info, item))
+            yield from _pieces(stream, None)
+
+    def compare_digests(self, recorded: Mapping[str, str]) -> None:
+        """Every file is as it was when it was compared with the source."""
+        for name, digest in recorded.items():
+            if name not in self.digests:
+                self.problems.append(f"{name} is missing")
+            elif self.digests[name] != digest:
+                self.problems.append(f"{name} has changed since it was compared with the source")
+
+
+def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | memoryview]:
+    """The bytes that a tensor of the output should have; whole tensors are copied in pieces, so that memory stays small."""
+    if item.dequantized:
+        import torch
+
+        from reapkit.formats import decode, read_format
+
+        values = decode(checkpoint, item.info, format=read_format(checkpoint.config))
+        if item.axis is not None:
+            values = values.index_select(item.axis, torch.tensor(item.indices))
+        yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    elif item.axis is not None:
+        # The bytes of one expert along the axis are one element of a structured array, whatever the dtype.
+        inner = nbytes(item.info.dtype, item.info.shape[item.axis + 1 :])
+        stored = np.frombuffer(checkpoint.read(item.info), np.dtype((np.void, inner)))
+        taken = stored.reshape(item.info.shape[: item.axis + 1]).take(item.indices, axis=item.axis)
+        yield taken.tobytes()
+    else:
+        with (checkpoint.path / item.info.file).open("rb") as stream:
+            stream.seek(item.info.start)
+            yield from _pieces(stream, item.info.nbytes)
+
+
+def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
+    """The next bytes of a file, to its end for None."""
+    left = count
+    while left is None or left > 0:
+        piece = stream.read(_CHUNK_BYTES if left is None else min(left, _CHUNK_BYTES))
+        if not piece:
+            return
+        left = None if left is None else left - len(piece)
+        yield piece
+
+
+def _describe_difference(info: TensorInfo, item: _Expected) -> str:
+    if item.dequantized:
+        return f"{info.name!r} in {info.file} is not the dequantised {item.info.name!r} of the source"
+    if item.axis is not None:
+        return f"{info.name!r} in {info.file} is not the kept experts' part of the source's, in their order"
+    return f"{info.name!r} in {info.file} differs from {item.info.name!r} of the source"
+
+
+def _differences(found: Any, expected: Any, where: str) -> Iterator[str]:
+    """A sentence for every value in which two JSON trees differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            if key not in found:
+                yield f"{where} lacks {key!r}"
+            elif key not in expected:
+                yield f"{where} has {key!r}, which should not be there"
+            else:
+                yield from _differences(
+                    found[key], expected[key], f"{where}: {key}" if ":" not in where else f"{where}.{key}"
+                )
+    elif json.dumps(found) != json.dumps(expected):
+        yield f"{where} is {json.dumps(found)} where {json.dumps(expected)} is expected"
+
+
+def _same_bytes(path: Path, other: Path) -> bool:
+    if path.stat().st_size != other.stat().st_size:
+        return False
+    with path.open("rb") as first, other.open("rb") as second:
+        return all(piece == second.read(len(piece)) for piece in _pieces(first, None))
