@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 NUM_EXPERTS = 8
 NUM_LAYERS = 3
 TOP_K = 2
-# Block edges as the vendor has them. 256 is two whole blocks, 64 half a block, 192 one and a half.
+# As the vendor has it. The FP8 fixture is 256 wide, two whole blocks, with experts of 64, half a block: transformers derives a block's
+# size from the grid, so it agrees with the vendor's 128 only where a dimension is whole blocks or less than one.
 BLOCK = (128, 128)
 
 SIDECARS = {
@@ -51,6 +52,8 @@ def make_m2(folder: Path, *, seed: int = 0, hidden: int = 64, width: int = 32) -
         num_local_experts=NUM_EXPERTS,
         rotary_dim=16,
         max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     model = MiniMaxM2ForCausalLM(config)
     _randomise(model)
@@ -80,6 +83,8 @@ def make_qwen3(folder: Path, *, seed: int = 0) -> Path:
         num_experts=NUM_EXPERTS,
         norm_topk_prob=True,
         max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     model = Qwen3MoeForCausalLM(config)
     _randomise(model)

@@ -21,7 +21,7 @@ def _mean(total_E: Array, count_E: Array) -> Array:
 
 
 def reap(layer: LayerStatistics) -> Array:
-    """Mean of gate weight x output norm over the tokens routed to the expert (Lasby et al., arXiv 2510.13999, eq. 9)."""
+    """Mean of gate weight x output norm over the tokens routed to the expert (Lasby et al., arXiv 2510.13999)."""
     return _mean(layer.gated_norm_SE.sum(0), layer.count_SE.sum(0))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -163,7 +163,7 @@ class StreamedModel:
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put a fetched layer into the model."""
         self._assign(tensors)
-        self._require_loaded(self.layers[index])
+        self._require_loaded(f"layer {index}", self.layers[index].modules())
 
     def unload(self, index: int) -> None:
         """Free a layer's weights."""
@@ -172,6 +172,8 @@ class StreamedModel:
     def load_entry(self) -> None:
         """Load everything outside the layers but the output projection."""
         self._assign(self._decode(self._entry))
+        elsewhere = {part for owner in (*self.layers, self.module.get_output_embeddings()) for part in owner.modules()}
+        self._require_loaded("the model", (part for part in self.module.modules() if part not in elsewhere))
 
     def unload_embeddings(self) -> None:
         """Free the input embeddings, which are not needed again once every forward stands in front of the first layer."""
@@ -181,7 +183,7 @@ class StreamedModel:
         """Load the output projection."""
         self._assign(self._decode(self._exit))
         self.module.tie_weights()
-        self._require_loaded(self.module.get_output_embeddings())
+        self._require_loaded("the model", self.module.get_output_embeddings().modules())
 
     def unload_exit(self) -> None:
         """Free the output projection."""
@@ -214,11 +216,18 @@ class StreamedModel:
             name, reason = next(iter(info.conversion_errors.items()))
             raise CheckpointError(f"{name!r} cannot be converted: {str(reason).strip().splitlines()[-1]}")
 
-    def _require_loaded(self, module: nn.Module) -> None:
-        values = (*module.named_parameters(), *module.named_buffers())
-        if empty := [name for name, value in values if value.is_meta]:
+    def _require_loaded(self, where: str, owners: Iterable[nn.Module]) -> None:
+        names = {owner: path for path, owner in self.module.named_modules()}
+        empty = [
+            f"{names[owner]}.{leaf}"
+            for owner in owners
+            for leaf, value in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+            if value.is_meta
+        ]
+        if empty:
             raise CheckpointError(
-                f"the checkpoint has no weights for {empty[0]!r} ({len(empty)} such tensors in this layer)"
+                f"{where} lacks weights: the checkpoint has no tensor for {empty[0]!r} ({len(empty)} such tensors)",
+                hint="fetch the checkpoint again",
             )
 
     def _split_outer(self, outer: Sequence[TensorInfo]) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -262,6 +271,8 @@ class StreamedModel:
             old = getattr(owner, leaf)
             new = torch.empty(old.shape, dtype=torch.float32, device="meta")
             setattr(owner, leaf, new if leaf in owner._buffers else nn.Parameter(new, requires_grad=False))
+            if self.layout.stacked_of[name][1].role == "router":
+                owner.register_forward_pre_hook(_to_float32)
 
     def _fill_computed_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds (rotary frequencies) on the device, as loading in transformers does."""
@@ -283,6 +294,11 @@ class StreamedModel:
             if isinstance(module, PreTrainedModel):
                 return module
         raise AssertionError("the model itself is a PreTrainedModel")
+
+
+def _to_float32(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Bring a router's inputs to its weights' dtype: MiniMax-M2's router does so itself, Qwen3-MoE's would fail on a mixed product."""
+    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in args)
 
 
 def _to_meta(module: nn.Module) -> None:
@@ -308,6 +324,9 @@ def build_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
             config.use_cache = False
+            # Kept for every layer until the forward ends, they would make memory grow with the number of layers.
+            for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+                setattr(config.get_text_config(), name, False)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, experts_implementation=EXPERTS_NAME, trust_remote_code=trust_remote_code

@@ -192,7 +192,7 @@ def num_kept(
             decimal = Decimal(str(ratio))
         except InvalidOperation:
             raise UsageError(f"--ratio {ratio!r} is not a number") from None
-        if not 0 <= decimal < 1:
+        if not decimal.is_finite() or not 0 <= decimal < 1:
             raise UsageError(f"--ratio {ratio} is not a share of the experts to remove", hint="0.25 removes a quarter")
         keep = num_experts - math.floor(num_experts * decimal)
     if not 1 <= keep <= num_experts:

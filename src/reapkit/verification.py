@@ -307,12 +307,12 @@ class _Output:
                 if checkpoint is None or item is None or not comparable:
                     continue
                 yield from _pieces(stream, info.start - stream.tell())
-                same = True
+                same, left = True, info.nbytes
                 for wanted in _wanted(checkpoint, item):
                     piece = stream.read(len(wanted))
-                    same = same and piece == wanted
+                    same, left = same and piece == wanted, left - len(piece)
                     yield piece
-                if not same:
+                if left or not same:
                     self.problems.append(_describe_difference(info, item))
             yield from _pieces(stream, None)
 

@@ -40,6 +40,7 @@ MODEL = REPOSITORY / "models" / "m2-nano"
 VLLM = Path(os.environ.get("REAPKIT_SERVE_VENV", REPOSITORY / ".venv-vllm")) / "bin"
 
 NUM_EXPERTS = 48
+CHATS = ("arithmetic", "lookup", "python", "tools")
 NUM_TOKENS = 32
 MAX_LENGTH = 2048
 # Two idle cores need about a minute for two servers at once; a busy machine several times that. Too short fails for no reason.
@@ -190,10 +191,10 @@ def ask(address: str, path: str, **body: Any) -> dict[str, Any]:
         pytest.fail(f"{path}: {error.code} {error.read().decode(errors='replace')}")
 
 
-def rows(domain: str | None = None) -> list[dict[str, Any]]:
-    """Held-out conversations, each ending with the assistant's reference turn."""
+def rows(domain: str) -> list[dict[str, Any]]:
+    """Held-out conversations of one domain, each ending with the assistant's reference turn."""
     lines = (MODEL / "data" / "heldout.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if domain in (None, row["domain"])]
+    return [row for row in map(json.loads, lines) if row["domain"] == domain]
 
 
 def in_parallel(address: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,12 +213,12 @@ def reference(checkpoints: Checkpoints, servers: dict[str, str], tmp_path_factor
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    chats = [row for domain in CHATS for row in rows(domain)[:3]]
     prompts = [
         tokenizer.apply_chat_template(
             row["messages"][:-1], tools=row.get("tools"), add_generation_prompt=True, return_dict=False
         )
-        for domain in sorted({row["domain"] for row in rows()})
-        for row in rows(domain)[:3]
+        for row in chats
     ]
     folder = tmp_path_factory.mktemp("reference")
     write_masked(checkpoints.kept, folder)
