@@ -62,7 +62,7 @@ def demonstrate(out: Path, limit: int | None) -> dict[str, Any]:
         fidelity = reapkit("compare", MODEL, folder, "--data", HELDOUT)
         after = result["manifest"]["after"]
         models[f"{float(ratio):.0%}"] = {
-            "experts": after["experts"],
+            "experts": after["num_experts"],
             "parameters": after["parameters"],
             "bytes": after["bytes"],
             "kl": fidelity["overall"]["kl"],

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 from safetensors.torch import save_file
 
+import tiny
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.errors import CheckpointError
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, ReapkitError, UnsupportedError
@@ -60,7 +60,9 @@ def test_dense_layers_among_moe_layers_have_no_slots(qwen3: Path) -> None:
 
 
 def test_an_unsupported_architecture_is_told_which_ones_are_supported(checkpoint: Checkpoint) -> None:
-    error = refuse(config(checkpoint, model_type="mixtrel"), UnsupportedError, "the architecture 'mixtrel' is not supported")
+    error = refuse(
+        config(checkpoint, model_type="mixtrel"), UnsupportedError, "the architecture 'mixtrel' is not supported"
+    )
     assert error.hint == "supported model types: minimax_m2, qwen3_moe" or "minimax_m2" in str(error.hint)
 
 
@@ -71,7 +73,9 @@ def test_a_dense_model_is_told_that_it_has_no_experts(checkpoint: Checkpoint) ->
 
 def test_a_gap_in_expert_numbers_is_an_error(checkpoint: Checkpoint) -> None:
     gap = without(checkpoint, lambda name: name.startswith(EXPERT + "."))
-    error = refuse(gap, CheckpointError, "layer 1 has 7 experts where config.json says 8: missing 3, beyond the count none")
+    error = refuse(
+        gap, CheckpointError, "layer 1 has 7 experts where config.json says 8: missing 3, beyond the count none"
+    )
     assert error.hint == "neither transformers nor vLLM would notice this"
 
 
@@ -96,7 +100,9 @@ def test_a_layer_without_its_router_is_named(checkpoint: Checkpoint) -> None:
 
 
 def test_a_router_of_another_size_than_the_config_says_is_named(checkpoint: Checkpoint) -> None:
-    refuse(config(checkpoint, num_local_experts=9), CheckpointError, "dimension 0 should be the 9 experts of config.json")
+    refuse(
+        config(checkpoint, num_local_experts=9), CheckpointError, "dimension 0 should be the 9 experts of config.json"
+    )
 
 
 def test_a_forgotten_slot_is_loud(checkpoint: Checkpoint) -> None:

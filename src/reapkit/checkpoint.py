@@ -134,8 +134,11 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
-    """The folder of a source, its origin and its revision; a hub id is taken from the cache or downloaded."""
+def locate(source: str | Path, *, revision: str | None = None, weights: bool = True) -> tuple[Path, str, str | None]:
+    """The folder of a source, its origin and its revision; a hub id is taken from the cache or downloaded.
+
+    Without `weights` no shard is downloaded; those that the cache has are there all the same.
+    """
     path = Path(source)
     if path.is_dir():
         # A snapshot in the hub's cache is named by its commit.
@@ -151,10 +154,9 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, st
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unwanted = ["original/*", "metal/*", "*.bin", "*.pt", "*.gguf", *([] if weights else ["*.safetensors"])]
     try:
-        folder = snapshot_download(
-            text, revision=revision, ignore_patterns=["original/*", "metal/*", "*.bin", "*.pt", "*.gguf"]
-        )
+        folder = snapshot_download(text, revision=revision, ignore_patterns=unwanted)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from reapkit.observation import Estimate, Run
     from reapkit.plans import Choice
     from reapkit.progress import Progress
+    from reapkit.shards import Manifest
+    from reapkit.verification import Verification
 
 app = typer.Typer(
     name="reapkit",
@@ -92,7 +95,7 @@ def _verb(function: Function) -> Function:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            err.print("interrupted; the same command goes on where this one stopped, as far as it can")
+            _note("interrupted; the same command goes on where this one stopped, as far as it can")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     app.command(function.__name__.rstrip("_"))(run)
@@ -100,9 +103,13 @@ def _verb(function: Function) -> Function:
 
 
 def _print_error(error: ReapkitError) -> None:
-    err.print(f"[bold red]error:[/] {_escape(error.message)}", highlight=False, soft_wrap=True)
+    _note(f"[bold red]error:[/] {_escape(error.message)}")
     if error.hint:
-        err.print(f"[bold]hint:[/] {_escape(error.hint)}", highlight=False, soft_wrap=True)
+        _note(f"[bold]hint:[/] {_escape(error.hint)}")
+
+
+def _note(text: str) -> None:
+    err.print(text, highlight=False, soft_wrap=True)
 
 
 # ---- verbs ------------------------------------------------------------------------------------------------------------------------
@@ -185,8 +192,8 @@ def observe(
         _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains),
                      "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip
     elif not quiet:
-        err.print(f"wrote {_escape(str(output))}: {len(statistics.layers)} layers, {statistics.num_tokens:,} tokens, "
-                  f"domains {_escape(', '.join(statistics.domains))}", highlight=False)  # fmt: skip
+        layers, domains = len(statistics.layers), _escape(", ".join(statistics.domains))
+        _note(f"wrote {_escape(str(output))}: {layers} layers, {statistics.num_tokens:,} tokens, domains {domains}")
 
 
 @_verb
@@ -209,7 +216,7 @@ def combine(
     if as_json:
         _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains)})
     elif not quiet:
-        err.print(f"wrote {_escape(str(output))}: {statistics.num_tokens:,} tokens", highlight=False)
+        _note(f"wrote {_escape(str(output))}: {statistics.num_tokens:,} tokens")
 
 
 @_verb
@@ -238,7 +245,7 @@ def plan(
         _print_json(_described_choice(choice, None if dry_run else output))
     elif not quiet:
         _print_choice(choice)
-        err.print("nothing written" if dry_run else f"wrote {_escape(str(output))}", highlight=False)
+        _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
 
 
 @_verb
@@ -271,10 +278,10 @@ def prune(
             progress=progress,
         )
     if as_json:
-        _print_json(manifest.to_json())
+        _print_json(asdict(manifest))
     elif not quiet:
         verb = "would write" if dry_run else "wrote"
-        err.print(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}", highlight=False)
+        _note(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}")
 
 
 @_verb
@@ -293,7 +300,7 @@ def verify(
     with _progress(quiet) as progress:
         verification = verify(output, source=source, progress=progress)
     if as_json:
-        _print_json(verification.to_json())
+        _print_json(_described(verification))
     elif not quiet:
         _print_verification(verification)
     if not verification.ok:
@@ -330,7 +337,7 @@ def compress(
 
     run = _run(device, dtype, activation_budget, trust_remote_code)
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
-    text = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
+    text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     if dry_run:
         _print_estimate(compression.prepare(source, output, target, **text).estimate(), as_json=as_json)
         return
@@ -343,13 +350,13 @@ def compress(
             {
                 "statistics": str(result.statistics),
                 "plan": _described_choice(result.choice, None),
-                "manifest": result.manifest.to_json(),
-                "verification": result.verification.to_json(),
+                "manifest": asdict(result.manifest),
+                "verification": _described(result.verification),
             }
         )
     elif not quiet:
         _print_choice(result.choice)
-        err.print(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}", highlight=False)
+        _note(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}")
         _print_verification(result.verification)
     if not result.verification.ok:
         raise typer.Exit(EXIT_ANSWERED_NO)
@@ -394,7 +401,7 @@ def compare(
         out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.documents:,} documents, seed {seed}; +- is one standard error",
                   highlight=False)  # fmt: skip
     for sentence in failed:
-        err.print(f"[bold red]failed:[/] {sentence}", highlight=False)
+        _note(f"[bold red]failed:[/] {sentence}")
     if failed:
         raise typer.Exit(EXIT_ANSWERED_NO)
 
@@ -463,11 +470,11 @@ def _print_estimate(estimate: Estimate, *, as_json: bool) -> None:
         _print_json(estimate.to_json())
         return
     table = _table("what", "estimate")
-    hours = f"{estimate.hours * 60:.1f} minutes" if estimate.hours < 1 else f"{estimate.hours:.1f} hours"
+    rates = f"{estimate.compute_rate:,.0f} tokens/s a layer, {_size(estimate.disk_rate)}/s from disk"
     rows = {
         "tokens": f"{estimate.tokens:,} in {estimate.documents:,} documents",
         "waves": f"{estimate.waves} of {estimate.batches} micro-batches in all",
-        "time": f"{hours} at {estimate.compute_rate:,.0f} tokens/s a layer, {_size(estimate.disk_rate)}/s from disk",
+        "time": f"{_duration(3600 * estimate.hours)} at {rates}",
         "memory": f"{_size(estimate.device_bytes)} on {estimate.device}, {_size(estimate.held_bytes)} of it activations",
         "dtype": estimate.dtype,
         "read": _size(estimate.read_bytes),
@@ -507,33 +514,34 @@ def _print_choice(choice: Choice) -> None:
     out.print(table)
 
 
-def _print_verification(verification: Any) -> None:
+def _described(verification: Verification) -> dict[str, Any]:
+    return {"ok": verification.ok, **asdict(verification)}
+
+
+def _print_verification(verification: Verification) -> None:
     for problem in verification.problems:
-        err.print(f"[bold red]wrong:[/] {_escape(problem)}", highlight=False, soft_wrap=True)
+        _note(f"[bold red]wrong:[/] {_escape(problem)}")
     if verification.ok:
         against = "its source, byte for byte" if verification.against_source else "its recorded digests"
-        err.print(
-            f"verified {verification.tensors:,} tensors, {_size(verification.nbytes)}, against {against}",
-            highlight=False,
-        )
+        _note(f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}")
 
 
 def _note_windows(sources: Sequence[Any], *, quiet: bool) -> None:
     windows = sum(source.windows for source in sources)
     samples = sum(source.samples for source in sources)
     if windows > samples and not quiet:
-        err.print(
-            f"{samples:,} samples were split into {windows:,} windows of at most --max-length tokens; none was dropped",
-            highlight=False,
+        _note(
+            f"{samples:,} samples were split into {windows:,} windows of at most --max-length tokens; none was dropped"
         )
 
 
-def _shrinking(manifest: Any) -> str:
+def _shrinking(manifest: Manifest) -> str:
     before, after = manifest.before, manifest.after
-    return (
-        f"{before.experts} to {after.experts} experts, {before.parameters:,} to {after.parameters:,} parameters, "
-        f"{_size(before.bytes)} to {_size(after.bytes)}"
-    )
+    experts = f"{before.num_experts} to {after.num_experts} experts"
+    # Packed formats hide how many values there are.
+    known = before.parameters is not None and after.parameters is not None
+    parameters = f", {before.parameters:,} to {after.parameters:,} parameters" if known else ""
+    return f"{experts}{parameters}, {_size(before.bytes)} to {_size(after.bytes)}"
 
 
 def _table(*columns: str, numbers: bool = True) -> Table:
@@ -625,10 +633,7 @@ class _Lines:
         elapsed = now - start
         rate = done / elapsed if elapsed else 0.0
         remaining = f", {_duration((total - done) / rate)} remaining" if rate and done < total else ""
-        err.print(
-            f"{task}: {_amount(done, unit)} of {_amount(total, unit)} in {_duration(elapsed)}{remaining}",
-            highlight=False,
-        )
+        _note(f"{task}: {_amount(done, unit)} of {_amount(total, unit)} in {_duration(elapsed)}{remaining}")
         self._printed[task] = -1.0 if done >= total else now
 
 

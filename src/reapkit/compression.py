@@ -54,6 +54,7 @@ def prune(
     dequantize: bool = False,
     base_model: str | None = None,
     revision: str | None = None,
+    dry_run: bool = False,
     progress: Progress = silent,
 ) -> Manifest:
     """Write the checkpoint that a plan leaves: the source's bytes, re-sliced.
@@ -65,6 +66,7 @@ def prune(
         dequantize: write quantised weights as bf16 instead.
         base_model: the hub id to record as the parent.
         revision: of a hub id.
+        dry_run: check and describe, and write nothing.
         progress: told how far it is.
 
     Raises:
@@ -75,7 +77,14 @@ def prune(
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
     return shards.write(
-        checkpoint, layout, chosen, Path(out), dequantize=dequantize, base_model=base_model, progress=progress
+        checkpoint,
+        layout,
+        chosen,
+        Path(out),
+        dequantize=dequantize,
+        base_model=base_model,
+        dry_run=dry_run,
+        progress=progress,
     )
 
 

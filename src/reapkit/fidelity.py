@@ -21,15 +21,18 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import CheckpointError, UsageError, did_you_mean
+from reapkit.errors import CheckpointError, DataError, UsageError, did_you_mean
 from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
-from reapkit.observation import Run, bytes_per_token, default_budget, split_into_waves
+from reapkit.observation import Run, bytes_per_token, default_budget, max_suspended, split_into_waves
 from reapkit.progress import Progress, silent
 
 # Logits of one micro-batch of both models, in float32, are held at once: this bounds them at 2 x 1 GB.
 LOGITS_BYTES = 1 << 30
 # Tokens whose log-probabilities are formed at once.
 CHUNK_TOKENS = 1024
+
+# A perplexity is given as at most e^100: a model so sure and so wrong is useless at any higher one, and e^710 is no number.
+MAX_NLL = 100.0
 
 MEASURES = ("kl", "top1", "nll_original", "nll_pruned")
 
@@ -165,7 +168,12 @@ def _measure(
     parts = batches(text, tokens_per_batch=min(per_batch, 8192))
     # Both models' activations are held at the same time.
     budget = (budget or default_budget(first)) // 2
-    waves = split_into_waves(parts, budget=budget, bytes_per_token=bytes_per_token(first))
+    waves = split_into_waves(
+        parts,
+        budget=budget,
+        bytes_per_token=bytes_per_token(first),
+        max_batches=max(1, max_suspended(first.device) // 2),
+    )
     total = text.num_tokens * sum(len(model.layers) for model in models)
     done = 0
     progress("compare", 0, total, "tokens x layers")
@@ -181,11 +189,26 @@ def _measure(
         with SuspendedForwards(models[0], inputs) as ours, SuspendedForwards(models[1], inputs) as theirs:
             ours.run_layers(after_batch)
             theirs.run_layers(after_batch)
-            for batch, original_BTV, pruned_BTV in zip(wave, ours.logits(), theirs.logits(), strict=True):
-                sums.append(_document_sums(batch, original_BTV, pruned_BTV))
+            original, pruned = ours.logits(), theirs.logits()
+            for batch in wave:
+                # Not named, so that they are freed before the next ones are computed.
+                sums_BM = _document_sums(batch, next(original), next(pruned))
+                _require_finite(sums_BM, models)
+                sums.append(sums_BM)
                 tokens.append(batch.length_B - 1)
                 domains.append(batch.domain_B)
     return np.concatenate(sums), np.concatenate(tokens), np.concatenate(domains)
+
+
+def _require_finite(sums_BM: np.ndarray[Any, Any], models: Sequence[StreamedModel]) -> None:
+    for model, name in zip(models, ("nll_original", "nll_pruned"), strict=True):
+        if not np.isfinite(sums_BM[:, MEASURES.index(name)]).all():
+            raise DataError(
+                f"{model.checkpoint.origin} predicts NaN or infinities in {str(model.dtype).removeprefix('torch.')}",
+                hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
+            )
+    if not np.isfinite(sums_BM).all():
+        raise DataError(f"{models[1].checkpoint.origin} gives no probability to a token that the original expects")
 
 
 def _document_sums(batch: CalibrationBatch, original_BTV: Tensor, pruned_BTV: Tensor) -> np.ndarray[Any, Any]:
@@ -243,7 +266,7 @@ def ratio(sum_D: np.ndarray[Any, Any], tokens_D: np.ndarray[Any, Any]) -> Figure
 
 
 def _perplexity(nll: Figure) -> Figure:
-    value = math.exp(nll.value)
+    value = math.exp(min(nll.value, MAX_NLL))
     return Figure(value, None if nll.standard_error is None else value * nll.standard_error)
 
 

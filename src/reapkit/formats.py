@@ -50,12 +50,18 @@ class Format:
         """
         if info.dtype in PLAIN_DTYPES or self.is_companion(info.name):
             return ()
-        if self.block is None or info.dtype != "F8_E4M3":
-            raise UnsupportedError(f"{info.name!r} is {info.dtype}, which the format {self.name} does not explain")
+        if self.block is None or info.dtype != "F8_E4M3" or len(info.shape) != 2:
+            raise UnsupportedError(
+                f"{info.name!r} is {info.dtype} {list(info.shape)}, which the format {self.name!r} does not explain"
+            )
         scale = tensors.get(info.name + self.scale_suffix)
         if scale is None:
             raise CheckpointError(f"{info.name!r} is {info.dtype} and has no {info.name + self.scale_suffix!r}")
         grid = tuple(math.ceil(size / block) for size, block in zip(info.shape, self.block, strict=True))
+        if scale.dtype not in PLAIN_DTYPES:  # bytes that are exponents (E8M0) would pass for factors
+            raise UnsupportedError(
+                f"the scale {scale.name!r} is {scale.dtype}, which the format {self.name!r} does not explain"
+            )
         if scale.shape != grid:
             raise CheckpointError(f"{scale.name!r} has the shape {list(scale.shape)} where {list(info.shape)} in blocks of "
                                   f"{list(self.block)} needs {list(grid)}")  # fmt: skip

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,9 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.format: Format = read_format(checkpoint.config)
-        self.module = build_meta_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.module = build_meta_model(
+            checkpoint.path, origin=checkpoint.origin, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         self.layers = _decoder_layers(self.module, layout)
         self._conversions = get_model_conversion_mapping(self.module)
         self._state_names = dict.fromkeys(self.module.state_dict())
@@ -184,11 +187,6 @@ class StreamedModel:
         self._assign(self._decode(self._exit))
         self.module.tie_weights()
         self._require_loaded("the model", self.module.get_output_embeddings().modules())
-
-    def unload_exit(self) -> None:
-        """Free the output projection."""
-        _to_meta(self.module.get_output_embeddings())
-        _to_meta(self.module.get_input_embeddings())
 
     def unload_everything(self) -> None:
         """Free all weights."""
@@ -311,15 +309,15 @@ def _to_meta(module: nn.Module) -> None:
                 setattr(owner, leaf, torch.empty_like(buffer, device="meta"))
 
 
-def build_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's model on the meta device, its experts routed through `observed_experts`."""
+def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of a folder's config.json on the meta device, its experts routed through `observed_experts`."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
     try:
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             # Weights are dequantised before they reach the model, so it must not be prepared for quantised ones.
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
@@ -334,10 +332,28 @@ def build_meta_model(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
-            raise UnsupportedError(f"{checkpoint.origin} needs code of its own to run, which was not allowed",
+            raise UnsupportedError(f"{origin} needs code of its own to run, which was not allowed",
                                    hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
         raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
     return model.eval().requires_grad_(False)
+
+
+def shapes_on_disk(
+    path: Path, *, origin: str, trust_remote_code: bool = False
+) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shapes of the unquantised weights of a folder's config.json by on-disk name, without any weights.
+
+    Returns:
+        The shapes, and those of the names that share another one's values (tied embeddings), which a checkpoint may leave out.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = build_meta_model(path, origin=origin, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    state = model.state_dict()
+    owned = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    with _quiet_transformers():
+        stored = revert_weight_conversion(model, state)
+    return {name: tuple(value.shape) for name, value in stored.items()}, frozenset(state.keys() - owned)
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -413,6 +429,11 @@ class _Forward(threading.Thread):
         self._paused.acquire()
         if self._error is not None:
             raise self._error
+
+    def take_result(self) -> Any:
+        """The forward's result, not kept here."""
+        result, self.result = self.result, None
+        return result
 
     def cancel(self) -> None:
         """Called from outside: unwind and join."""
@@ -490,8 +511,7 @@ class SuspendedForwards:
         self._model.load_exit()
         for forward in self._forwards:
             forward.step()
-            logits, forward.result = forward.result.logits, None
-            yield logits
+            yield forward.take_result().logits
 
     def _forward(self, ids_BT: np.ndarray[Any, Any]) -> Any:
         return self._model.module(input_ids=torch.from_numpy(ids_BT).to(self._model.device), use_cache=False)

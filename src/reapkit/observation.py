@@ -23,7 +23,7 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import DataError, UsageError, did_you_mean
+from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
 from reapkit.modules import RoutedObserver, RoutedPairs, StreamedModel, SuspendedForwards, load_tokenizer
 from reapkit.progress import Progress, silent
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
@@ -34,6 +34,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
 # Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
 HELD_STATES = 2
+# On a CPU every suspended forward keeps a team of OpenMP threads of its own, about a megabyte each: without a bound, 2,000 micro-batches
+# on 64 cores would be 128,000 threads. Fewer mean more waves, so more reading, which the computing hides.
+MAX_THREADS = 1024
 # Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries.
 BUDGET_SHARE = 0.4
 
@@ -145,7 +148,12 @@ class Observation:
         }
         self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
         budget = run.activation_budget or default_budget(self.model)
-        self.waves = split_into_waves(self.batches, budget=budget, bytes_per_token=bytes_per_token(self.model))
+        self.waves = split_into_waves(
+            self.batches,
+            budget=budget,
+            bytes_per_token=bytes_per_token(self.model),
+            max_batches=max_suspended(device),
+        )
 
     def estimate(self) -> Estimate:
         """What `run` would take; measures matrix products and reading for about a second."""
@@ -202,6 +210,11 @@ class Observation:
                 forwards.run_layers(after_batch)
         for index, layer in layers.items():
             layer.require_finite(index)
+            if (seen := int(layer.tokens_S.sum())) != self.data.num_tokens:
+                raise UnsupportedError(
+                    f"layer {index} sent {seen:,} of {self.data.num_tokens:,} tokens through transformers' experts function, "
+                    "so its experts cannot be observed"
+                )
         record = CalibrationRecord(
             self.data.digest, self.data.num_tokens, tuple(source.to_json() for source in self.data.sources)
         )
@@ -318,9 +331,9 @@ def bytes_per_token(model: StreamedModel) -> int:
 
 
 def split_into_waves(
-    parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int
+    parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int, max_batches: int
 ) -> list[list[CalibrationBatch]]:
-    """Micro-batches in as few waves as hold the budget, in order, and about equally long.
+    """Micro-batches in as few waves as hold the budget and the number of batches, in order, and about equally long.
 
     Raises:
         UsageError: a single micro-batch is over the budget.
@@ -331,16 +344,22 @@ def split_into_waves(
             f"an activation budget of {budget:,} bytes is less than the {max(sizes):,} that one micro-batch holds",
             hint=f"--activation-budget {max(sizes)} or more, or a shorter --max-length",
         )
-    target = sum(sizes) / -(-sum(sizes) // budget)
+    num_waves = max(-(-sum(sizes) // budget), -(-len(sizes) // max_batches))
+    target = sum(sizes) / num_waves
     waves: list[list[CalibrationBatch]] = [[]]
     held = 0
     for batch, size in zip(parts, sizes, strict=True):
-        if waves[-1] and (held + size > budget or held >= target):
+        if waves[-1] and (held + size > budget or held >= target or len(waves[-1]) == max_batches):
             waves.append([])
             held = 0
         waves[-1].append(batch)
         held += size
     return waves
+
+
+def max_suspended(device: torch.device) -> int:
+    """Micro-batches that may be suspended at once."""
+    return max(1, MAX_THREADS // (torch.get_num_threads() if device.type == "cpu" else 1))
 
 
 def default_budget(model: StreamedModel) -> int:

@@ -134,10 +134,11 @@ def write(
     *,
     dequantize: bool = False,
     base_model: str | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the pruned checkpoint to a new folder, or go on where the same command was interrupted.
+    """Write the pruned checkpoint to a new folder, or go on where the same command was interrupted; with `dry_run`, only describe it.
 
     Memory stays small whatever the size: byte ranges are copied by the kernel where it can.
 
@@ -168,6 +169,8 @@ def write(
         CONFIG_NAME: edits.config_text(checkpoint, config, layout.architecture.num_experts_keys),
     }
     refuse_folder(checkpoint, out)
+    if dry_run:
+        return manifest
     command = _identity(checkpoint, manifest)
     with _explained(out), _claimed(out, command, {*shards, *files, *checkpoint.sidecars, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)

@@ -8,6 +8,7 @@ would have differed on other calibration text of the same kind.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from reapkit.errors import DataError, PlanError
+from reapkit.errors import DataError, PlanError, ReapkitError
 from reapkit.tensors import read_header
 
 Array = NDArray[np.float64]
@@ -132,8 +133,13 @@ class Statistics:
         metadata = {"format": FORMAT, "statistics": json.dumps(described, sort_keys=True)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file(arrays, partial, metadata=metadata)
-        partial.replace(path)
+        try:
+            save_file(arrays, partial, metadata=metadata)
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -144,7 +150,12 @@ class Statistics:
         """
         if not path.is_file():
             raise DataError(f"there is no statistics file {path}", hint="make one with reapkit observe")
-        header, metadata = read_header(path)
+        try:
+            header, metadata = read_header(path)
+        except ReapkitError as error:
+            raise DataError(
+                f"{path} is damaged or not a statistics file: {error.message}", hint="observe again"
+            ) from None
         if metadata.get("format") != FORMAT:
             raise DataError(f"{path} is not a statistics file of reapkit", hint="make one with reapkit observe")
         try:
@@ -160,9 +171,17 @@ class Statistics:
             )
             described["domains"] = tuple(described["domains"])
             result = cls(**described, calibration=records, layers=layers)
-            shape = (len(result.domains) * NUM_FOLDS, result.num_experts)
-            if any(layer.count_SE.shape != shape for layer in layers.values()):
-                raise ValueError(f"sums that are not {list(shape)}")
+            if not layers:
+                raise ValueError("no layers")
+            rows, experts = len(result.domains) * NUM_FOLDS, result.num_experts
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SUM_NAMES, (rows, experts))
+            shapes |= {"tokens_S": (rows,), "max_norm_E": (experts,)}
+            for index, layer in layers.items():
+                for name, shape in shapes.items():
+                    values = getattr(layer, name)
+                    if values.shape != shape or values.dtype != np.float64:
+                        raise ValueError(f"{name} of layer {index} is {values.dtype} {list(values.shape)}, "
+                                         f"not float64 {list(shape)}")  # fmt: skip
         except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
             raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
         for index, layer in layers.items():

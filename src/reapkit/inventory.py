@@ -1,0 +1,511 @@
+"""What a checkpoint holds and what pruning would leave of it, from its headers alone.
+
+Where the shards are not there, the names of the index and the shapes of a model on the meta device take the headers' place, so that
+one code path counts. Only then is torch imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from reapkit.architectures import ARCHITECTURES
+from reapkit.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    locate,
+    quantization_of,
+    read_config,
+    read_index,
+    refuse_unfinished,
+    section_of,
+)
+from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.layout import Architecture, MoELayout, Slot, find, resolve
+from reapkit.plans import num_kept
+from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
+
+RATIOS = ("0.25", "0.30", "0.40", "0.50")
+
+PARTS = (
+    "experts",
+    "shared experts",
+    "routers",
+    "attention",
+    "dense layers",
+    "embeddings",
+    "norms and other",
+    "MTP",
+)
+_SCALE_SUFFIX = "_scale_inv"
+# Tensors that only serve another one's dequantisation, in the schemes of public releases. Erring on the short side counts scales as
+# parameters, which is less than 1 %; on the long side it would lose weights.
+_COMPANION = re.compile(
+    r".*(_scale_inv|\.weight_scale|\.weight_scale_2|\.(weight|input)_global_scale|\.(input|output|k|v)_scale"
+    r"|\.weight_(shape|zero_point|g_idx)|\.(qzeros|scales|g_idx)|_proj_scales)"
+)
+_DTYPE_CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of weights takes; bytes count scales, parameters do not."""
+
+    name: str
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What would be left after removing a share `ratio` of every layer's experts."""
+
+    ratio: str
+    num_experts: int
+    parameters: int
+    nbytes: int
+    active_parameters: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a checkpoint holds.
+
+    Attributes:
+        origin: how it was named.
+        architecture: the family's name.
+        model_type: as in config.json.
+        num_layers: decoder layers, MTP layers left out.
+        moe_layers: how many of them have experts.
+        num_experts: experts per MoE layer.
+        top_k: experts that each token is routed to.
+        num_groups: groups of the router, 1 where it has none.
+        scoring: how router logits become scores.
+        format: how the weights are stored.
+        parameters: values of all weights, selection biases counted, quantisation scales not.
+        active_parameters: the same with `top_k` experts per layer, and without MTP layers, which are not part of the forward.
+        nbytes: bytes of all tensors, scales included.
+        parts: the same by kind.
+        context_length: `max_position_embeddings`, None where config.json does not say.
+        shards: files; 0 where neither they nor an index are there.
+        tensors: of the index, scales included.
+        estimated: whether the shards are missing, so that shapes and dtypes follow from config.json and the index.
+        shrunk: what removing some shares of the experts would leave.
+        notes: sentences on what is not as usual.
+    """
+
+    origin: str
+    architecture: str
+    model_type: str
+    num_layers: int
+    moe_layers: int
+    num_experts: int
+    top_k: int
+    num_groups: int
+    scoring: str
+    format: str
+    parameters: int
+    active_parameters: int
+    nbytes: int
+    parts: tuple[Part, ...]
+    context_length: int | None
+    shards: int
+    tensors: int
+    estimated: bool
+    shrunk: tuple[Shrunk, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    ratios: Sequence[str] = RATIOS,
+    trust_remote_code: bool = False,
+) -> Inventory:
+    """Count what a checkpoint holds; of a hub id only what is in the cache and small files are read, so nothing large is downloaded.
+
+    Args:
+        source: a folder, with shards or with config.json (and the index) alone, or a hub id.
+        revision: of the hub id.
+        ratios: shares of the experts to imagine removed; those that leave fewer than `top_k` are left out of the answer.
+        trust_remote_code: let transformers run the folder's own code where there are no shards.
+
+    Raises:
+        CheckpointError: something is missing, truncated or contradicts itself.
+        UnsupportedError: a dense model, an unknown family, or packed weights without their shards.
+        UsageError: a ratio that is not one.
+    """
+    path, origin, revision = locate(source, revision=revision, weights=False)
+    refuse_unfinished(path)
+    if _has_shards(path):
+        known = _Known(replace(Checkpoint.open(path), origin=origin, revision=revision))
+    else:
+        known = _imagine(path, origin=origin, revision=revision, trust_remote_code=trust_remote_code)
+    return _take_stock(known, ratios)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A checkpoint, or one imagined; then with the bytes that its index gives, and what is to be said about it."""
+
+    checkpoint: Checkpoint
+    estimated: bool = False
+    total_size: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _has_shards(path: Path) -> bool:
+    if (path / INDEX_NAME).exists():
+        weight_map, _ = read_index(path)
+        return any((path / file).exists() for file in set(weight_map.values()))
+    if any(entry.suffix in {".safetensors", ".bin", ".pt", ".pth"} for entry in path.iterdir()):
+        read_index(path)  # says what is wrong, unless it is a lone model.safetensors
+        return (path / SINGLE_NAME).exists()
+    return False
+
+
+# --- counting
+
+
+Kind = Literal["expert", "row", "whole"]
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Sums over tensors by part and by what pruning does to them: remove experts, remove rows, or nothing."""
+
+    parameters: Mapping[tuple[str, Kind], int]
+    nbytes: Mapping[tuple[str, Kind], int]
+    num_experts: int
+    top_k: int
+
+    def kept_parameters(self, kept: int) -> int:
+        return _scaled(self.parameters, kept, kept, self.num_experts)
+
+    def kept_nbytes(self, kept: int) -> int:
+        return _scaled(self.nbytes, kept, kept, self.num_experts)
+
+    def active_parameters(self, kept: int) -> int:
+        run = {key: count for key, count in self.parameters.items() if key[0] != "MTP"}
+        return _scaled(run, self.top_k, kept, self.num_experts)
+
+    def parts(self) -> Iterator[Part]:
+        for name in PARTS:
+            part = Part(
+                name, *(sum(n for key, n in sums.items() if key[0] == name) for sums in (self.parameters, self.nbytes))
+            )
+            if part.nbytes:
+                yield part
+
+
+def _scaled(sums: Mapping[tuple[str, Kind], int], experts: int, rows: int, num_experts: int) -> int:
+    """The sum with so many of the experts' weights and of the routers' rows; experts are all of one size, so this is exact."""
+    share: Mapping[Kind, int] = {"expert": experts, "row": rows, "whole": num_experts}
+    return sum(count * share[kind] // num_experts for (_, kind), count in sums.items())
+
+
+def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
+    checkpoint, notes = known.checkpoint, list(known.notes)
+    layout = resolve(checkpoint, ARCHITECTURES)
+    section = section_of(checkpoint.config, layout.architecture.config_section)
+    num_layers = _num_layers(checkpoint, layout, section, notes)
+    encoding = _read_encoding(checkpoint, notes)
+    tally = _tally(checkpoint, layout, encoding, num_layers)
+
+    # Where only the index knows the bytes, what the shapes give is scaled to it: one is exact when they agree.
+    shape_bytes = tally.kept_nbytes(layout.num_experts)
+    total = known.total_size or shape_bytes
+    shrunk = []
+    for ratio in ratios:
+        kept = num_kept(layout.num_experts, ratio=ratio, num_groups=layout.num_groups)
+        if kept >= layout.top_k:
+            size = tally.kept_nbytes(kept) * total // shape_bytes
+            shrunk.append(Shrunk(ratio, kept, tally.kept_parameters(kept), size, tally.active_parameters(kept)))
+    context = section.get("max_position_embeddings")
+    return Inventory(
+        origin=checkpoint.origin,
+        architecture=layout.architecture.name,
+        model_type=str(checkpoint.config["model_type"]),
+        num_layers=num_layers,
+        moe_layers=sum(index < num_layers for index in layout.layer_indices),
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        num_groups=layout.num_groups,
+        scoring=layout.architecture.scoring,
+        format=encoding.name,
+        parameters=tally.kept_parameters(layout.num_experts),
+        active_parameters=tally.active_parameters(layout.num_experts),
+        nbytes=total,
+        parts=tuple(tally.parts()),
+        context_length=context if type(context) is int else None,
+        shards=len([file for file in checkpoint.files if file]),
+        tensors=len(checkpoint.tensors),
+        estimated=known.estimated,
+        shrunk=tuple(shrunk),
+        notes=tuple(notes),
+    )
+
+
+def _tally(checkpoint: Checkpoint, layout: MoELayout, encoding: _Encoding, num_layers: int) -> _Tally:
+    parameters: Counter[tuple[str, Kind]] = Counter()
+    sizes: Counter[tuple[str, Kind]] = Counter()
+    unpruned = [Slot(pattern, None, "expert").regex for pattern in layout.architecture.unpruned]
+    layer_of = _layer_pattern(layout.architecture)
+    experts, stacked = layout.expert_of, layout.stacked_of
+    for name, info in checkpoint.tensors.items():
+        kind: Kind = "expert" if name in experts else "whole"
+        part = "experts"
+        if name in stacked:
+            is_expert = stacked[name][1].role == "expert"
+            kind, part = ("expert", "experts") if is_expert else ("row", "routers")
+        elif kind == "whole":
+            part = "shared experts" if any(regex.fullmatch(name) for regex in unpruned) else _outer_part(name)
+        match = layer_of.match(name)
+        if (match and int(match[1]) >= num_layers) or "mtp" in name.split("."):
+            part = "MTP"
+        parameters[part, kind] += encoding.num_values(info)
+        sizes[part, kind] += info.nbytes
+    return _Tally(parameters, sizes, layout.num_experts, layout.top_k)
+
+
+def _outer_part(name: str) -> str:
+    """The part of a tensor that no expert nor router owns, by the words in its name; an attention's own norms count with it."""
+    words = [word for word in name.split(".") if "norm" not in word]
+    if any("attn" in word or "attention" in word for word in words):
+        return "attention"
+    if any("embed" in word or word == "lm_head" for word in words):
+        return "embeddings"
+    return "dense layers" if {"mlp", "feed_forward", "ffn"} & set(words) else "norms and other"
+
+
+def _layer_pattern(architecture: Architecture) -> re.Pattern[str]:
+    return re.compile(re.escape(architecture.block.partition("{layer}")[0]) + r"(\d+)\.")
+
+
+def _num_layers(checkpoint: Checkpoint, layout: MoELayout, section: Mapping[str, Any], notes: list[str]) -> int:
+    matches = map(_layer_pattern(layout.architecture).match, checkpoint.tensors)
+    named = {int(match[1]) for match in matches if match}
+    claimed = section.get("num_hidden_layers")
+    if type(claimed) is not int or claimed < 1:
+        return len(named)
+    if absent := sorted(set(range(claimed)) - named):
+        notes.append(
+            f"{CONFIG_NAME} says {claimed} layers, and no tensor belongs to layer {absent[0]} ({len(absent)} such)"
+        )
+    return claimed
+
+
+# --- formats
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How values are stored, as far as counting them goes.
+
+    Attributes:
+        name: for people; where reapkit can compute with it, the name that `formats` gives it.
+        quantized: whether companions and packed weights are to be expected.
+        bits: of a packed value.
+    """
+
+    name: str
+    quantized: bool = False
+    bits: int = 4
+
+    def num_values(self, info: TensorInfo) -> int:
+        if not self.quantized:
+            return info.num_elements
+        if _COMPANION.fullmatch(info.name):
+            return 0
+        if info.dtype in ("U8", "I32"):
+            return info.num_elements * DTYPE_BITS[info.dtype] // self.bits
+        return info.num_elements
+
+
+def _read_encoding(checkpoint: Checkpoint, notes: list[str]) -> _Encoding:
+    quantization = quantization_of(checkpoint.config)
+    odd = {info.dtype for info in checkpoint.tensors.values()} - {"F16", "BF16", "F32", "F64"}
+    if quantization is None:
+        if odd:
+            notes.append(
+                f"{CONFIG_NAME} names no quantisation, and some tensors are {', '.join(sorted(odd))}: they are counted "
+                "as if unpacked"
+            )
+        return _Encoding("unquantised")
+    if _block_of(quantization):
+        return _Encoding("FP8 with block scales", quantized=True)
+    method = quantization["quant_method"]
+    notes.append(
+        f"{method} weights can be pruned but not computed with: observe a sibling in bf16 or in FP8 with block scales, "
+        "whose plan fits this checkpoint"
+    )
+    bits = _packed_bits(quantization)
+    if odd & {"U8", "I32"}:
+        told = f"{bits} bits each" if bits else f"{_Encoding.bits} bits each, which {CONFIG_NAME} does not say"
+        notes.append(f"packed weights are counted as values of {told}, padding included")
+    return _Encoding(method, quantized=True, bits=bits or _Encoding.bits)
+
+
+def _block_of(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, None for every format but FP8 with block scales."""
+    block = quantization.get("weight_block_size")
+    if quantization["quant_method"] != "fp8" or not isinstance(block, list) or len(block) != 2:
+        return None
+    rows, columns = block
+    return (rows, columns) if type(rows) is int and type(columns) is int and min(block) > 0 else None
+
+
+def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
+    """Bits of a packed value as GPTQ, AWQ and compressed-tensors say it; None where they say none or several."""
+    found = {quantization.get("bits"), quantization.get("w_bit")}
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.add(weights.get("num_bits") if isinstance(weights, dict) else None)
+    bits = [value for value in found if type(value) is int and 0 < value <= 8]
+    return bits[0] if len(bits) == 1 else None
+
+
+# --- without shards
+
+
+def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code: bool) -> _Known:
+    """The checkpoint that config.json and, where it is there, the index describe.
+
+    Names come from the index, shapes from the model that transformers builds. A weight with a scale in the index is FP8. Of the other
+    dtypes, those that neither file tells are chosen so that the bytes add up to the index's `total_size`.
+    """
+    config = read_config(path)
+    architecture = find(config, ARCHITECTURES)
+    quantization = quantization_of(config)
+    block = _block_of(quantization) if quantization is not None else None
+    if quantization is not None and block is None:
+        raise UnsupportedError(
+            f"{origin} has no shards, and the shapes of {quantization['quant_method']} weights do not follow from "
+            f"{CONFIG_NAME}",
+            hint="fetch the shards: only their headers are read",
+        )
+    from reapkit.modules import shapes_on_disk
+
+    shapes, tied = shapes_on_disk(path, origin=origin, trust_remote_code=trust_remote_code)
+    total, notes = None, []
+    if (path / INDEX_NAME).exists():
+        files, _ = read_index(path)
+        total = _total_size(path)
+        strange = files.keys() - shapes.keys() - ({name + _SCALE_SUFFIX for name in shapes} if block else set())
+        absent = shapes.keys() - files.keys() - tied
+        for names, what in (
+            (strange, f"{INDEX_NAME} names tensors that transformers' model does not have, and they are not counted"),
+            (absent, f"{INDEX_NAME} lacks tensors that transformers' model has, and they are not counted"),
+        ):
+            if names:
+                notes.append(f"{what}: {min(names)} ({len(names):,} such)")
+        files = {name: file for name, file in files.items() if name not in strange}
+    else:
+        files = dict.fromkeys(shapes.keys() - tied, "")
+        if quantization is not None:
+            scaled = [name for name in files if _is_converted(name, shapes[name], architecture, quantization)]
+            files |= {name + _SCALE_SUFFIX: "" for name in scaled}
+
+    for name in [name for name in files if name not in shapes]:
+        rows, columns = shapes[name.removesuffix(_SCALE_SUFFIX)][-2:]
+        assert block is not None
+        stack = shapes[name.removesuffix(_SCALE_SUFFIX)][:-2]
+        shapes[name] = (*stack, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    roles = {name: _storage_role(name, files, architecture) for name in files}
+    dtypes = _choose_dtypes(config, architecture, roles, shapes, total=total, notes=notes)
+    tensors = {}
+    for name, file in files.items():
+        dtype = dtypes[roles[name]]
+        tensors[name] = TensorInfo(name, dtype, shapes[name], file, 0, nbytes(dtype, shapes[name]))
+    return _Known(Checkpoint(path, config, tensors, (), origin, revision), True, total, tuple(notes))
+
+
+def _total_size(path: Path) -> int | None:
+    """The bytes of all tensors that the index gives; None where it gives none."""
+    metadata = parse_json((path / INDEX_NAME).read_bytes(), origin=INDEX_NAME).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    # Some vendors' tools write a float.
+    return int(total) if isinstance(total, int | float) and total >= 1 else None
+
+
+def _is_converted(
+    name: str, shape: tuple[int, ...], architecture: Architecture, quantization: Mapping[str, Any]
+) -> bool:
+    """Whether the quantiser made FP8 of a weight: matrices inside the layers, but for those that the config exempts."""
+    module = name.removesuffix(".weight")
+    exempt = quantization.get("modules_to_not_convert") or ()
+    inside = _layer_pattern(architecture).match(name)
+    return len(shape) >= 2 and inside is not None and not any(module.endswith(entry) for entry in exempt)
+
+
+_StorageRole = Literal["weight", "fp8", "scale", "router", "bias"]
+
+
+def _storage_role(name: str, files: Mapping[str, str], architecture: Architecture) -> _StorageRole:
+    if name + _SCALE_SUFFIX in files:
+        return "fp8"
+    if name.endswith(_SCALE_SUFFIX):
+        return "scale"
+    for slot in architecture.slots:
+        if slot.role in ("router", "bias") and slot.regex.fullmatch(name):
+            return "router" if slot.role == "router" else "bias"
+    return "weight"
+
+
+def _choose_dtypes(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    roles: Mapping[str, _StorageRole],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    total: int | None,
+    notes: list[str],
+) -> Mapping[_StorageRole, str]:
+    elements: Counter[_StorageRole] = Counter()
+    for name, role in roles.items():
+        elements[role] += math.prod(shapes[name])
+
+    # The likeliest first. Vendors that exempt "gate" by its bare name store routers and their biases in F32, and so does MiniMax-M2.
+    quantization = quantization_of(config) or {}
+    exempts_gate = "gate" in (quantization.get("modules_to_not_convert") or ())
+    named = _named_dtype(config, architecture)
+    candidates: list[dict[_StorageRole, str]] = []
+    for weight in [named] if named else ["BF16", "F32", "F16"]:
+        router = dict.fromkeys(["F32", weight] if exempts_gate else [weight, "F32"])
+        for choice in itertools.product(router, router, ("F32", "BF16")):
+            candidates.append({"weight": weight, "fp8": "F8_E4M3", **dict(zip(("router", "bias", "scale"), choice))})
+    sizes = [sum(nbytes(choice[role], [count]) for role, count in elements.items()) for choice in candidates]
+    if total is not None and total in sizes:
+        return candidates[sizes.index(total)]
+    if total is not None:
+        notes.append(
+            f"{INDEX_NAME} says {total:,} bytes and the shapes give {sizes[0]:,}: bytes by part are those of the shapes"
+        )
+    if named is None:
+        notes.append(f"{CONFIG_NAME} names no dtype: bf16 is assumed")
+    return candidates[0]
+
+
+def _named_dtype(config: Mapping[str, Any], architecture: Architecture) -> str | None:
+    for table in (section_of(config, architecture.config_section), config):
+        for key in ("dtype", "torch_dtype"):
+            if (value := table.get(key)) is not None:
+                if value not in _DTYPE_CODES:
+                    raise CheckpointError(
+                        f"{CONFIG_NAME} gives {key} as {value!r}", hint=f"one of: {', '.join(_DTYPE_CODES)}"
+                    )
+                return _DTYPE_CODES[value]
+    return None

@@ -1,0 +1,303 @@
+"""The command line's contract: what is printed where, exit codes, one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from reapkit import cli, shards
+from reapkit.cli import app, parse_size
+from reapkit.errors import UsageError
+from tiny import add_tokenizer, make_fp8, make_m2, read_json
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FP8 MiniMax-M2 with 8 experts, 2 per token, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("cli")
+    return add_tokenizer(make_fp8(make_m2(folder / "bf16"), folder / "fp8"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [{"text": f"the quick brown fox {i} jumps " * (1 + i % 7), "domain": "ab"[i % 2]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "statistics.safetensors"
+    assert run("observe", model, "--data", text, "-o", path).exit_code == 0
+    return path
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def answer(*arguments: str | Path) -> Any:
+    """What a command that succeeds prints with --json."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_whole_way_step_by_step_and_in_one_gives_the_same_checkpoint(
+    model: Path, text: Path, statistics: Path, tmp_path: Path
+) -> None:
+    plan, pruned, compressed = tmp_path / "plan.json", tmp_path / "pruned", tmp_path / "compressed"
+    assert run("plan", statistics, "--ratio", "0.25", "-o", plan).exit_code == 0
+    assert run("prune", model, plan, "-o", pruned).exit_code == 0
+    assert run("verify", pruned).exit_code == 0
+    result = answer("compress", model, "--data", text, "--ratio", "0.25", "-o", compressed)
+    assert result["verification"]["ok"] and result["verification"]["against_source"]
+    assert result["manifest"]["after"]["num_experts"] == 6
+    names = {path.name for path in pruned.iterdir()}
+    assert names == {path.name for path in compressed.iterdir()}
+    for name in names - {"reapkit"}:
+        if (pruned / name).is_file():
+            assert (pruned / name).read_bytes() == (compressed / name).read_bytes(), name
+    assert (compressed / "reapkit/statistics.safetensors").read_bytes() == statistics.read_bytes()
+
+
+def test_compress_does_not_observe_again_what_an_interrupted_run_observed(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("compress", model, "--data", text, "--ratio", "0.25", "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*arguments).exit_code == 130
+    assert run("verify", tmp_path / "out").exit_code == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("reapkit.observation.Observation.run", lambda *_, **__: pytest.fail("observed again"))
+        result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    other = run("compress", model, "--data", f"{text}:20", "--ratio", "0.25", "-o", tmp_path / "out")
+    assert other.exit_code == 1 and "not empty" in other.stderr
+
+
+def test_compress_refuses_an_impossible_target_before_it_observes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    result = run("compress", model, "--data", text, "--keep", "1", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "keeping 1 of 8 experts is fewer than the 2 that each token is routed to" in result.stderr
+    assert "keep at least 2: --ratio 0.75 or less" in result.stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("")
+    result = run("compress", model, "--data", text, "--keep", "4", "-o", tmp_path / "full")
+    assert result.exit_code == 1 and "not empty: it holds thesis.txt" in result.stderr
+
+
+def test_combining_two_halves_gives_the_statistics_of_the_whole(
+    model: Path, text: Path, statistics: Path, tmp_path: Path
+) -> None:
+    lines = text.read_text().splitlines(keepends=True)
+    halves = []
+    for number, part in enumerate((lines[:20], lines[20:])):
+        data, halves_path = tmp_path / f"half{number}.jsonl", tmp_path / f"half{number}.safetensors"
+        data.write_text("".join(part))
+        assert run("observe", model, "--data", data, "-o", halves_path).exit_code == 0
+        halves.append(halves_path)
+    combined = tmp_path / "combined.safetensors"
+    assert (
+        answer("combine", *halves, "-o", combined)["tokens"]
+        == answer("observe", model, "--data", text, "-o", tmp_path / "s")["tokens"]
+    )
+    plans = []
+    for name, source in (("whole", statistics), ("combined", combined)):
+        assert run("plan", source, "--keep", "5", "-o", tmp_path / f"{name}.json").exit_code == 0
+        plans.append(read_json(tmp_path / f"{name}.json")["kept"])
+    assert plans[0] == plans[1]
+    assert run("combine", halves[0], "-o", combined).exit_code == 2
+
+
+def test_dry_runs_write_nothing(model: Path, text: Path, statistics: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    estimate = answer("observe", model, "--data", text, "-o", tmp_path / "s.safetensors", "--dry-run")
+    assert estimate["waves"] >= 1 and estimate["read_bytes"] > 0 and estimate["hours"] > 0
+    assert (
+        answer("compress", model, "--data", text, "--ratio", "0.25", "-o", tmp_path / "out", "--dry-run")["tokens"]
+        == estimate["tokens"]
+    )
+    assert answer("plan", statistics, "--ratio", "0.25", "-o", plan, "--dry-run")["num_kept"] == 6
+    assert list(tmp_path.iterdir()) == []
+    assert run("plan", statistics, "--ratio", "0.25", "-o", plan).exit_code == 0
+    assert answer("prune", model, plan, "-o", tmp_path / "out", "--dry-run")["after"]["num_experts"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plan_says_what_is_lost_and_which_experts_were_never_routed_to(statistics: Path, tmp_path: Path) -> None:
+    described = answer("plan", statistics, "--keep", "2", "-o", tmp_path / "plan.json")
+    assert [layer["layer"] for layer in described["layers"]] == [0, 1, 2]
+    assert all(0 <= layer["saliency_lost"] <= 1 for layer in described["layers"])
+    printed = run("plan", statistics, "--keep", "2", "-o", tmp_path / "plan.json").stdout
+    assert "saliency lost" in printed and "never routed" in printed
+
+
+def test_random_takes_a_checkpoint_and_depends_on_the_seed_alone(model: Path, tmp_path: Path) -> None:
+    kept = []
+    for number, seed in enumerate(("1", "1", "2")):
+        path = tmp_path / f"{number}.json"
+        assert run("plan", model, "--criterion", "random", "--keep", "4", "--seed", seed, "-o", path).exit_code == 0
+        kept.append(read_json(path)["kept"])
+    assert kept[0] == kept[1] != kept[2]
+    refused = run("plan", model, "--keep", "4", "-o", tmp_path / "x.json")
+    assert refused.exit_code == 2 and "needs statistics" in refused.stderr
+
+
+def test_compare_answers_no_with_exit_code_3(model: Path, text: Path, statistics: Path, tmp_path: Path) -> None:
+    plan, pruned = tmp_path / "plan.json", tmp_path / "pruned"
+    run("plan", statistics, "--keep", "2", "-o", plan)
+    run("prune", model, plan, "-o", pruned)
+    result = run("compare", model, pruned, "--data", text, "--fail-on", "kl=0,top1=1.01", "--json")
+    assert result.exit_code == 3
+    compared = json.loads(result.stdout)
+    assert len(compared["failed"]) == 2 and compared["overall"]["kl"]["value"] > 0
+    assert set(compared["domains"]) == {"a", "b"}
+    same = answer("compare", model, model, "--data", text, "--fail-on", "kl=1e-9,top1=1")
+    assert same["overall"]["kl"]["value"] == 0 and same["overall"]["top1"]["value"] == 1
+
+
+def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_path: Path) -> None:
+    plan, pruned = tmp_path / "plan.json", tmp_path / "pruned"
+    run("plan", statistics, "--keep", "4", "-o", plan)
+    run("prune", model, plan, "-o", pruned)
+    assert run("verify", pruned).exit_code == 0
+    shard = sorted(pruned.glob("*.safetensors"))[0]
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    result = run("verify", pruned)
+    assert result.exit_code == 3 and shard.name in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("plan", "{statistics}", "--keep", "4", "--criterion", "raep", "-o", "x"), 2, "did you mean 'reap'?"),
+        (("plan", "{statistics}", "-o", "x"), 2, "give either --ratio or --keep"),
+        (("plan", "{statistics}", "--keep", "4", "--ratio", "0.5", "-o", "x"), 2, "give either --ratio or --keep"),
+        (("plan", "{statistics}", "--ratio", "1.5", "-o", "x"), 2, "--ratio 1.5 is not a share"),
+        (("plan", "{statistics}", "--ratio", "a quarter", "-o", "x"), 2, "'a quarter' is not a number"),
+        (("plan", "{statistics}", "--keep", "9", "-o", "x"), 2, "--keep 9 is not between 1 and the 8 experts"),
+        (("plan", "no.safetensors", "--keep", "4", "-o", "x"), 1, "there is no statistics file no.safetensors"),
+        (("observe", "no-such-folder", "--data", "{text}", "-o", "x"), 1, "there is no folder 'no-such-folder'"),
+        (("observe", "{model}", "--data", "{text}", "--device", "gpu", "-o", "x"), 2, "there is no device 'gpu'"),
+        (("observe", "{model}", "--data", "{text}", "--dtype", "bf16", "-o", "x"), 2, "did you mean 'bfloat16'?"),
+        (("observe", "{model}", "--data", "{text}", "--activation-budget", "much", "-o", "x"), 2, "'much' is not a size"),
+        (("observe", "{model}", "--data", "{text}", "--activation-budget", "1kB", "-o", "x"), 2, "one micro-batch holds"),
+        (("observe", "{model}", "--data", "missing.jsonl", "-o", "x"), 1, "missing.jsonl"),
+        (("list", "criterias"), 2, "did you mean 'criteria'?"),
+        (("prune", "{model}", "no.json", "-o", "x"), 1, "there is no plan no.json"),
+        (("verify", "{model}"), 1, "not an output of reapkit"),
+        (("compare", "{model}", "{model}", "--data", "{text}", "--fail-on", "kll=1"), 2, "did you mean 'kl'?"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_with_a_sentence_and_the_contracts_exit_code(
+    arguments: tuple[str, ...], code: int, sentence: str, model: Path, text: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    places = {"model": model, "text": text, "statistics": statistics}
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert (result.exit_code, sentence in result.stderr) == (code, True), result.stderr
+    assert result.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_verb_or_option_names_the_nearest(model: Path) -> None:
+    assert "observe" in run("obsreve", model).stderr
+    assert "--ratio" in run("plan", model, "--ration", "0.5", "-o", "x").stderr
+    assert run("obsreve").exit_code == 2
+
+
+def test_quiet_prints_nothing_and_progress_goes_to_standard_error(model: Path, text: Path, tmp_path: Path) -> None:
+    quiet = run("observe", model, "--data", text, "-o", tmp_path / "a", "--quiet")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    spoken = run("observe", model, "--data", text, "-o", tmp_path / "b")
+    assert spoken.stdout == "" and "tokens x layers" in spoken.stderr
+
+
+def test_inspect_and_list_print_tables_and_json(model: Path) -> None:
+    assert answer("inspect", model)["num_experts"] == 8
+    assert "MiniMax-M2" in run("inspect", model).stdout
+    assert {"reap", "frequency", "random"} <= {row["criterion"] for row in answer("list", "criteria")}
+    assert "minimax_m2" in run("list", "architectures").stdout
+
+
+def test_help_is_there_for_every_verb_and_starts_without_torch() -> None:
+    code = "import sys; from reapkit.cli import main; sys.argv = ['reapkit', '--help']\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for verb in ("inspect", "observe", "combine", "plan", "prune", "verify", "compress", "compare", "list"):
+        assert verb in shown
+        assert run(verb, "--help").exit_code == 0
+
+
+def test_plan_does_not_import_torch(statistics: Path, tmp_path: Path) -> None:
+    arguments = ["reapkit", "plan", str(statistics), "--keep", "4", "-o", str(tmp_path / "plan.json")]
+    code = f"import sys; from reapkit.cli import main; sys.argv = {arguments!r}\ntry: main()\nexcept SystemExit as end: assert not end.code\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing_that_looks_whole(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"text": "word " * 400}) + "\n" for _ in range(4000)))
+    command = [
+        sys.executable,
+        "-m",
+        "reapkit",
+        "observe",
+        str(model),
+        "--data",
+        str(data),
+        "-o",
+        str(tmp_path / "s.safetensors"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"interrupted" in errors
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("24GB", 24 * 10**9), ("512 MiB", 512 << 20), ("1000", 1000), ("1.5k", 1500), ("7b", 7)]
+)
+def test_sizes_are_read_as_people_write_them(given: str, size: int) -> None:
+    assert parse_size(given) == size
+
+
+def test_what_is_no_size_is_refused() -> None:
+    for given in ("", "GB", "1 furlong", "-1GB", "0"):
+        with pytest.raises(UsageError, match="is not a size"):
+            parse_size(given)
+
+
+def test_a_long_task_reports_the_time_remaining(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 40.0, 50.0, 100.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    lines = cli._Lines()
+    for done in (0, 40, 50, 100):
+        lines.update("observe", done, 100, "layers")
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
+        "observe: 40 layers of 100 layers in 40.0 s, 1:00 min remaining",
+        "observe: 100 layers of 100 layers in 1:40 min",
+    ]

@@ -1,0 +1,145 @@
+"""Plans: how many experts stay, which, and for which checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+from conftest import PlanFor
+from reapkit import plans
+from reapkit.criteria import Scores
+from reapkit.errors import PlanError, UsageError
+from reapkit.plans import PlannedSource, PruningPlan, num_kept, select
+
+SOURCE = PlannedSource("a/b", None, "l" * 64, "r" * 64)
+
+
+def plan(**changes: Any) -> PruningPlan:
+    whole = {"source": SOURCE, "criterion": "reap", "num_experts": 8, "top_k": 2, "kept": {0: (1, 2, 5), 3: (0, 1, 7)}}
+    return PruningPlan(**{**whole, **changes})
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ratio", "kept"),
+    [
+        (256, "0.25", 192),
+        (256, 0.30, 180),
+        (256, "0.4", 154),
+        (256, 0.5, 128),
+        (100, 0.29, 71),
+        (64, 0, 64),
+        (48, "0.3", 34),
+    ],
+)
+def test_the_ratio_is_read_as_a_decimal_and_the_dropped_count_rounded_down(
+    num_experts: int, ratio: Any, kept: int
+) -> None:
+    assert num_kept(num_experts, ratio=ratio) == kept
+
+
+def test_router_groups_round_the_kept_count_up() -> None:
+    assert num_kept(256, ratio="0.3", num_groups=8) == 184
+    assert num_kept(256, keep=255, num_groups=8) == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "give either --ratio or --keep"),
+        ({"ratio": "0.5", "keep": 3}, "give either --ratio or --keep"),
+        ({"ratio": "a"}, "--ratio 'a' is not a number"),
+        ({"ratio": "nan"}, "--ratio nan is not a share of the experts to remove"),
+        ({"ratio": "1"}, "--ratio 1 is not a share"),
+        ({"ratio": "25"}, "--ratio 25 is not a share"),
+        ({"ratio": "-0.1"}, "--ratio -0.1 is not a share"),
+        ({"keep": 0}, "--keep 0 is not between 1 and the 8 experts of a layer"),
+        ({"keep": 9}, "--keep 9 is not between 1 and the 8 experts of a layer"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_a_usage_error(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        num_kept(8, **options)
+    assert sentence in caught.value.message
+
+
+def test_the_highest_scores_stay_ties_keep_the_lower_number_groups_stay_equal() -> None:
+    scores = Scores("reap", {4: np.array([0.0, 3.0, 1.0, 1.0, 9.0, 8.0, 7.0, 6.0])})
+    assert select(scores, keep=4) == {4: (4, 5, 6, 7)}
+    assert select(scores, keep=4, num_groups=2) == {4: (1, 2, 4, 5)}
+    assert select(scores, keep=6) == {4: (1, 2, 4, 5, 6, 7)}
+
+
+def test_fewer_experts_than_each_token_is_routed_to_are_refused_with_the_way_out() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(num_experts=64, top_k=8, kept={0: (0, 1, 2, 3, 4, 5)})
+    assert caught.value.message == "keeping 6 of 64 experts is fewer than the 8 that each token is routed to"
+    assert caught.value.hint == "keep at least 8: --ratio 0.875 or less"
+    assert num_kept(64, ratio="0.875") == 8
+
+
+@pytest.mark.parametrize("kept", [(2, 1, 5), (1, 1, 5), (1, 2, 8), (-1, 2, 5)])
+def test_kept_experts_are_ascending_numbers_of_the_layer(kept: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="layer 0 of the plan keeps"):
+        plan(kept={0: kept})
+
+
+def test_every_layer_keeps_equally_many() -> None:
+    with pytest.raises(PlanError, match=r"equally many experts in every layer, and this one keeps \[2, 3\]"):
+        plan(kept={0: (1, 2, 3), 1: (1, 2)})
+
+
+def test_a_saved_plan_is_read_back_and_has_a_line_per_layer(tmp_path: Path) -> None:
+    saved = plan(calibration=("abc",), seed=3)
+    saved.save(tmp_path / "deep" / "plan.json")
+    assert PruningPlan.load(tmp_path / "deep" / "plan.json") == saved
+    assert '    "3": [0, 1, 7]\n' in (tmp_path / "deep" / "plan.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format": "x"}, "is not a plan of reapkit"),
+        ({"surplus": 1}, "has the unknown entry 'surplus'"),
+        ({"kept": {"a": [1]}}, "is not a whole plan: ValueError"),
+        ({"kept": None}, "is not a whole plan"),
+        ({"source": {}}, "is not a whole plan: TypeError"),
+        ({"num_kept": 4}, "says it keeps 4 experts a layer and lists 3"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    path = tmp_path / "plan.json"
+    tiny.write_json(path, {**plan().to_json(), **change})
+    with pytest.raises(PlanError) as caught:
+        PruningPlan.load(path)
+    assert sentence in caught.value.message
+
+
+def test_a_missing_plan_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="there is no plan") as caught:
+        PruningPlan.load(tmp_path / "plan.json")
+    assert caught.value.hint == "make one with reapkit plan"
+
+
+def test_a_plan_fits_its_checkpoint_and_no_other(plan_for: PlanFor, m2: Path) -> None:
+    _, layout, fitting = plan_for(m2, 5)
+    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
+    fitting.require_fits(layout, **prints)
+    fitting.require_fits(layout, **{**prints, "layout_fingerprint": "of a sibling in another format"})
+    with pytest.raises(PlanError, match="the same tensors with other routers"):
+        fitting.require_fits(layout, **{**prints, "routing_fingerprint": "x"})
+    with pytest.raises(PlanError, match="the plan covers 2 layers of 8 experts, the checkpoint has 3 of 8"):
+        replace(fitting, kept={0: fitting.kept[0], 1: fitting.kept[1]}).require_fits(layout, **prints)
+    edited = replace(fitting, top_k=1, kept=dict.fromkeys(fitting.kept, (3,)))
+    with pytest.raises(PlanError, match="keeping 1 of 8 experts is fewer than the 2 that each token is routed to"):
+        edited.require_fits(layout, **prints)
+
+
+def test_a_random_plan_depends_on_its_seed_alone(m2: Path) -> None:
+    first, again, other = (plans.choose(m2, criterion="random", keep=5, seed=seed).plan for seed in (1, 1, 2))
+    assert first == again and first.kept != other.kept
+    assert first.seed == 1 and first.source.origin == str(m2)
