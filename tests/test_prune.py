@@ -6,9 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,8 +42,7 @@ def pruned(
     return result
 
 
-def every_source(function: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.parametrize("name", ["m2", "m2_fp8", "qwen3"])(function)
+every_source = pytest.mark.parametrize("name", ["m2", "m2_fp8", "qwen3"])
 
 
 def source_of(request: pytest.FixtureRequest, name: str) -> Path:
@@ -526,8 +525,7 @@ def test_no_space_in_the_middle_is_one_sentence_and_the_run_goes_on(
 def test_too_little_space_is_said_with_the_numbers_before_anything_is_written(
     plan_for: PlanFor, m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 2000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2000))
     with pytest.raises(OutputError, match=r"needs 0\.001 GB and its disk has 0\.000 GB free"):
         shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors*"))

@@ -141,12 +141,12 @@ def make_fp8(source: Path, folder: Path) -> Path:
         # An odd number of tensors, so that weights and their scales are parted.
         cuts.append(min(cuts[-1] + 31, len(names)))
     shards = [names[start:stop] for start, stop in itertools.pairwise(cuts)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(shards):
         # The vendor's numbers begin at 0 and promise more files than there are.
-        file = f"model-{number:05d}-of-00130.safetensors"
-        save_file({name: stored[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
+        shard = f"model-{number:05d}-of-00130.safetensors"
+        save_file({name: stored[name] for name in part}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
     total = sum(tensor.nbytes for tensor in stored.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = read_json(folder / "config.json")

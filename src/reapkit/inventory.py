@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -192,28 +192,26 @@ class _Tally:
     top_k: int
 
     def kept_parameters(self, kept: int) -> int:
-        return _scaled(self.parameters, kept, kept, self.num_experts)
+        return self._scaled(self.parameters, experts=kept, rows=kept)
 
     def kept_nbytes(self, kept: int) -> int:
-        return _scaled(self.nbytes, kept, kept, self.num_experts)
+        return self._scaled(self.nbytes, experts=kept, rows=kept)
 
     def active_parameters(self, kept: int) -> int:
         run = {key: count for key, count in self.parameters.items() if key[0] != "MTP"}
-        return _scaled(run, self.top_k, kept, self.num_experts)
+        return self._scaled(run, experts=self.top_k, rows=kept)
 
     def parts(self) -> Iterator[Part]:
         for name in PARTS:
-            part = Part(
-                name, *(sum(n for key, n in sums.items() if key[0] == name) for sums in (self.parameters, self.nbytes))
-            )
-            if part.nbytes:
-                yield part
+            parameters = sum(count for (part, _), count in self.parameters.items() if part == name)
+            size = sum(count for (part, _), count in self.nbytes.items() if part == name)
+            if size:
+                yield Part(name, parameters, size)
 
-
-def _scaled(sums: Mapping[tuple[str, Kind], int], experts: int, rows: int, num_experts: int) -> int:
-    """The sum with so many of the experts' weights and of the routers' rows; experts are all of one size, so this is exact."""
-    share: Mapping[Kind, int] = {"expert": experts, "row": rows, "whole": num_experts}
-    return sum(count * share[kind] // num_experts for (_, kind), count in sums.items())
+    def _scaled(self, sums: Mapping[tuple[str, Kind], int], *, experts: int, rows: int) -> int:
+        """The sum with so many of the experts and of the routers' rows; all experts are of one size, so that it is exact."""
+        left: Mapping[Kind, int] = {"expert": experts, "row": rows, "whole": self.num_experts}
+        return sum(count * left[kind] // self.num_experts for (_, kind), count in sums.items())
 
 
 def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
@@ -384,8 +382,7 @@ def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
 def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code: bool) -> _Known:
     """The checkpoint that config.json and, where it is there, the index describe.
 
-    Names come from the index, shapes from the model that transformers builds. A weight with a scale in the index is FP8. Of the other
-    dtypes, those that neither file tells are chosen so that the bytes add up to the index's `total_size`.
+    Names come from the index and shapes from the model that transformers builds; a weight with a scale in the index is FP8.
     """
     config = read_config(path)
     architecture = find(config, ARCHITECTURES)
@@ -400,35 +397,34 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
     from reapkit.modules import shapes_on_disk
 
     shapes, tied = shapes_on_disk(path, origin=origin, trust_remote_code=trust_remote_code)
-    total, notes = None, []
+    scales = _scale_shapes(shapes, block) if block is not None else {}
+    notes: list[str] = []
     if (path / INDEX_NAME).exists():
-        files, _ = read_index(path)
+        named, _ = read_index(path)
         total = _total_size(path)
-        strange = files.keys() - shapes.keys() - ({name + _SCALE_SUFFIX for name in shapes} if block else set())
-        absent = shapes.keys() - files.keys() - tied
-        for names, what in (
-            (strange, f"{INDEX_NAME} names tensors that transformers' model does not have, and they are not counted"),
-            (absent, f"{INDEX_NAME} lacks tensors that transformers' model has, and they are not counted"),
-        ):
+        strange = named.keys() - shapes.keys() - scales.keys()
+        absent = shapes.keys() - named.keys() - tied
+        for verb, names, has in (("names", strange, "does not have"), ("lacks", absent, "has")):
             if names:
-                notes.append(f"{what}: {min(names)} ({len(names):,} such)")
-        files = {name: file for name, file in files.items() if name not in strange}
+                notes.append(
+                    f"{INDEX_NAME} {verb} {len(names):,} tensors that the model {has}, and they are not counted: "
+                    f"{min(names)} is one"
+                )
+        files = {name: file for name, file in named.items() if name not in strange}
     else:
-        files = dict.fromkeys(shapes.keys() - tied, "")
-        if quantization is not None:
-            scaled = [name for name in files if _is_converted(name, shapes[name], architecture, quantization)]
-            files |= {name + _SCALE_SUFFIX: "" for name in scaled}
+        total = None
+        scaled = {name + _SCALE_SUFFIX for name in _converted(shapes, architecture, quantization)}
+        files = dict.fromkeys((*(shapes.keys() - tied), *(scales.keys() & scaled)), "")
 
-    for name in [name for name in files if name not in shapes]:
-        rows, columns = shapes[name.removesuffix(_SCALE_SUFFIX)][-2:]
-        assert block is not None
-        stack = shapes[name.removesuffix(_SCALE_SUFFIX)][:-2]
-        shapes[name] = (*stack, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
-    roles = {name: _storage_role(name, files, architecture) for name in files}
-    dtypes = _choose_dtypes(config, architecture, roles, shapes, total=total, notes=notes)
+    shapes |= scales
+    storage = {name: _storage(name, files, architecture) for name in files}
+    elements: Counter[_Storage] = Counter()
+    for name, kind in storage.items():
+        elements[kind] += math.prod(shapes[name])
+    dtypes = _choose_dtypes(config, architecture, elements, total=total, notes=notes)
     tensors = {}
     for name, file in files.items():
-        dtype = dtypes[roles[name]]
+        dtype = dtypes[storage[name]]
         tensors[name] = TensorInfo(name, dtype, shapes[name], file, 0, nbytes(dtype, shapes[name]))
     return _Known(Checkpoint(path, config, tensors, (), origin, revision), True, total, tuple(notes))
 
@@ -438,57 +434,68 @@ def _total_size(path: Path) -> int | None:
     metadata = parse_json((path / INDEX_NAME).read_bytes(), origin=INDEX_NAME).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     # Some vendors' tools write a float.
-    return int(total) if isinstance(total, int | float) and total >= 1 else None
+    return int(total) if isinstance(total, int | float) and 1 <= total < math.inf else None
 
 
-def _is_converted(
-    name: str, shape: tuple[int, ...], architecture: Architecture, quantization: Mapping[str, Any]
-) -> bool:
-    """Whether the quantiser made FP8 of a weight: matrices inside the layers, but for those that the config exempts."""
-    module = name.removesuffix(".weight")
-    exempt = quantization.get("modules_to_not_convert") or ()
-    inside = _layer_pattern(architecture).match(name)
-    return len(shape) >= 2 and inside is not None and not any(module.endswith(entry) for entry in exempt)
+def _scale_shapes(shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the block scales that every matrix would have."""
+    return {
+        name + _SCALE_SUFFIX: (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
+        for name, shape in shapes.items()
+        if len(shape) >= 2
+    }
 
 
-_StorageRole = Literal["weight", "fp8", "scale", "router", "bias"]
+def _converted(
+    names: Iterable[str], architecture: Architecture, quantization: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """The weights that a quantiser leaves scales for, if they are matrices: those in layers that the config does not exempt."""
+    exempt, layer = _exempt(quantization), _layer_pattern(architecture)
+    for name in names:
+        if layer.match(name) and not name.removesuffix(".weight").endswith(exempt):
+            yield name
 
 
-def _storage_role(name: str, files: Mapping[str, str], architecture: Architecture) -> _StorageRole:
+def _exempt(quantization: Mapping[str, Any] | None) -> tuple[str, ...]:
+    names = (quantization or {}).get("modules_to_not_convert") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{CONFIG_NAME} has modules_to_not_convert that is not a list of names")
+    return tuple(names)
+
+
+_Storage = Literal["plain", "fp8", "scale", "router", "bias"]
+
+
+def _storage(name: str, files: Mapping[str, str], architecture: Architecture) -> _Storage:
     if name + _SCALE_SUFFIX in files:
         return "fp8"
     if name.endswith(_SCALE_SUFFIX):
         return "scale"
     for slot in architecture.slots:
-        if slot.role in ("router", "bias") and slot.regex.fullmatch(name):
-            return "router" if slot.role == "router" else "bias"
-    return "weight"
+        if slot.role != "expert" and slot.regex.fullmatch(name):
+            return slot.role
+    return "plain"
 
 
 def _choose_dtypes(
     config: Mapping[str, Any],
     architecture: Architecture,
-    roles: Mapping[str, _StorageRole],
-    shapes: Mapping[str, tuple[int, ...]],
+    elements: Mapping[_Storage, int],
     *,
     total: int | None,
     notes: list[str],
-) -> Mapping[_StorageRole, str]:
-    elements: Counter[_StorageRole] = Counter()
-    for name, role in roles.items():
-        elements[role] += math.prod(shapes[name])
-
-    # The likeliest first. Vendors that exempt "gate" by its bare name store routers and their biases in F32, and so does MiniMax-M2.
-    quantization = quantization_of(config) or {}
-    exempts_gate = "gate" in (quantization.get("modules_to_not_convert") or ())
+) -> Mapping[_Storage, str]:
+    """The dtype of each kind of tensor: the likeliest of those whose bytes add up to the index's `total_size`, else the likeliest."""
     named = _named_dtype(config, architecture)
-    candidates: list[dict[_StorageRole, str]] = []
-    for weight in [named] if named else ["BF16", "F32", "F16"]:
-        router = dict.fromkeys(["F32", weight] if exempts_gate else [weight, "F32"])
-        for choice in itertools.product(router, router, ("F32", "BF16")):
-            candidates.append({"weight": weight, "fp8": "F8_E4M3", **dict(zip(("router", "bias", "scale"), choice))})
-    sizes = [sum(nbytes(choice[role], [count]) for role, count in elements.items()) for choice in candidates]
-    if total is not None and total in sizes:
+    # MiniMax-M2 exempts "gate" by its bare name and stores routers and their biases in F32; others store them like the rest, or in F32.
+    wide_first = "gate" in _exempt(quantization_of(config))
+    candidates: list[dict[_Storage, str]] = []
+    for plain in [named] if named else ["BF16", "F32", "F16"]:
+        either = ["F32", plain] if wide_first else [plain, "F32"]
+        for router, bias, scale in itertools.product(either, either, ["F32", "BF16"]):
+            candidates.append({"plain": plain, "fp8": "F8_E4M3", "scale": scale, "router": router, "bias": bias})
+    sizes = [sum(nbytes(choice[kind], [count]) for kind, count in elements.items()) for choice in candidates]
+    if total in sizes:
         return candidates[sizes.index(total)]
     if total is not None:
         notes.append(

@@ -311,6 +311,7 @@ def _to_meta(module: nn.Module) -> None:
 
 def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model of a folder's config.json on the meta device, its experts routed through `observed_experts`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -329,7 +330,7 @@ def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remot
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, experts_implementation=EXPERTS_NAME, trust_remote_code=trust_remote_code
                 )
-    except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+    except (StrictDataclassError, OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             raise UnsupportedError(f"{origin} needs code of its own to run, which was not allowed",

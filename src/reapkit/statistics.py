@@ -130,7 +130,8 @@ class Statistics:
             part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("layers", "calibration")
         }
         described["calibration"] = [vars(record) for record in self.calibration]
-        metadata = {"format": FORMAT, "statistics": json.dumps(described, sort_keys=True)}
+        # One entry: the library writes several in an order that changes from run to run.
+        metadata = {FORMAT: json.dumps(described, sort_keys=True)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -156,10 +157,10 @@ class Statistics:
             raise DataError(
                 f"{path} is damaged or not a statistics file: {error.message}", hint="observe again"
             ) from None
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise DataError(f"{path} is not a statistics file of reapkit", hint="make one with reapkit observe")
         try:
-            described = json.loads(metadata["statistics"])
+            described = json.loads(metadata[FORMAT])
             arrays = load_file(path)
             layers: dict[int, LayerStatistics] = {}
             for index in sorted({int(name.split(".")[1]) for name in header}):

@@ -10,7 +10,6 @@ README.md in this folder says what was served and what was not.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -47,6 +46,10 @@ MAX_LENGTH = 2048
 HEALTHY_WITHIN_S = 300
 # Low enough that no sigmoid brings an expert back, finite so that no engine meets inf - inf.
 NEVER_CHOSEN = -1e9
+
+# Becomes the command, beside a watcher that waits for the end of standard input and then ends the whole process group: a pipe is
+# closed however the tests end, also by a kill that runs no finalizer.
+LEASHED = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$@" 3<&- </dev/null'
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -136,13 +139,12 @@ def served(model: Path, *, log: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            ["sh", "-c", LEASHED, "sh", *command],
             env=os.environ | ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_parent,
         )
     try:
         yield process, f"http://127.0.0.1:{port}"
@@ -150,19 +152,14 @@ def served(model: Path, *, log: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         end_group(process)
 
 
-def end_with_parent() -> None:
-    """Ask Linux (vLLM for CPUs runs on nothing else here) to end this process when the tests are killed, which runs no finalizer."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its engine: kindly, then for certain. The group outlives its leader, so it is signalled in any case."""
+    """End a server, its engine and its watcher: kindly, then for certain. The group outlives its leader, so it is always signalled."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], address: str, *, log: Path) -> None:

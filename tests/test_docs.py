@@ -1,0 +1,66 @@
+"""Every command in the documentation works: those on the bundled model are run, the others must at least be understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from reapkit.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?:console|sh|bash)?\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every `reapkit` command in the page's code blocks; lines ending in a backslash are joined."""
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        for line in (match[1] or match[2]).replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if re.match(r"reapkit [a-z]", line):
+                yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_documented_command_is_understood(page: Path) -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in commands(page):
+        assert words[1] in verbs, words
+        known = {option for parameter in verbs[words[1]].params for option in parameter.opts}
+        for word in words[2:]:
+            if word.startswith("-") and len(word) > 1:
+                assert word.partition("=")[0] in known, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_documented_command_on_the_bundled_model_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [words for words in commands(page) if any("m2-nano" in word for word in words)]
+    if not chosen:
+        pytest.skip("the page has no command on the bundled model")
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    for words in chosen:
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, (words, result.stderr)
+
+
+def test_the_python_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "pruned/reapkit.json").exists()
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), (page.name, target)

@@ -1,0 +1,90 @@
+"""What holds on a GPU too; skipped without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reapkit import criteria, plans
+from reapkit.architectures import ARCHITECTURES
+from reapkit.checkpoint import Checkpoint
+from reapkit.layout import resolve
+from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
+from reapkit.observation import Run, observe
+from reapkit.statistics import SUM_NAMES
+from tiny import add_tokenizer, make_m2
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+M2_NANO = Path(__file__).parents[1] / "models/m2-nano"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_tokenizer(make_m2(tmp_path_factory.mktemp("gpu") / "m2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_logits_equal_the_loaded_models_bit_for_bit(model: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(model)
+    streamed = StreamedModel(checkpoint, resolve(checkpoint, ARCHITECTURES), device=torch.device("cuda"), dtype=dtype)
+    full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation=EXPERTS_NAME)
+    # Routers and selection biases stay float32, which from_pretrained(dtype=bfloat16) would round.
+    for name, tensor in (*full.named_parameters(), *full.named_buffers()):
+        if not name.endswith(("gate.weight", "e_score_correction_bias", "inv_freq")):
+            tensor.data = tensor.data.to(dtype)
+    full = full.eval().cuda()
+    inputs = [np.random.default_rng(i).integers(3, 90, (2, 33 + i)) for i in range(3)]
+    with SuspendedForwards(streamed, inputs) as forwards:
+        forwards.run_layers(lambda layer, number: None)
+        for ids_BT, logits_BTV in zip(inputs, forwards.logits(), strict=True):
+            with torch.inference_mode():
+                assert torch.equal(full(torch.from_numpy(ids_BT).cuda(), use_cache=False).logits, logits_BTV)
+
+
+def nano_sums(**run: Any) -> Any:
+    return observe(M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=Run(**run))
+
+
+def test_sums_on_a_gpu_equal_the_cpus_within_float32_rounding() -> None:
+    cpu, gpu = nano_sums(device="cpu", dtype="float32"), nano_sums(device="cuda", dtype="float32")
+    for index, layer in cpu.layers.items():
+        # A near-tie in a router may fall the other way: at most one routed pair in a thousand.
+        moved = np.abs(layer.count_SE - gpu.layers[index].count_SE).sum() / layer.count_SE.sum()
+        assert moved < 1e-3, (index, moved)
+        for name in SUM_NAMES:
+            total = getattr(layer, name).sum()
+            assert abs(total - getattr(gpu.layers[index], name).sum()) < 1e-4 * total
+
+
+def test_bfloat16_on_a_gpu_keeps_the_same_experts_but_for_near_ties() -> None:
+    exact, rounded = nano_sums(device="cpu", dtype="float32"), nano_sums(device="cuda", dtype="bfloat16")
+    scores = criteria.score(exact.layers, "reap")
+    kept = [plans.select(criteria.score(part.layers, "reap"), keep=36) for part in (exact, rounded)]
+    for layer, score_E in scores.score_E.items():
+        border = np.sort(score_E)[-36]
+        for expert in set(kept[0][layer]) ^ set(kept[1][layer]):
+            print(json.dumps({"layer": layer, "expert": expert, "distance": abs(score_E[expert] / border - 1)}))
+            assert abs(score_E[expert] / border - 1) < 0.03
+
+
+def test_peak_memory_on_the_device_is_two_layers_and_the_activations() -> None:
+    checkpoint = Checkpoint.open(M2_NANO)
+    layer = StreamedModel(
+        checkpoint, resolve(checkpoint, ARCHITECTURES), device=torch.device("cuda"), dtype=torch.float32
+    ).layer_nbytes
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nano_sums(device="cuda", dtype="float32", activation_budget=32 << 20)
+    peak = torch.cuda.max_memory_allocated() - before
+    # The whole model is six layers; embeddings, one micro-batch's temporaries and the conversion's copies come on top of two.
+    print(json.dumps({"layer_bytes": layer, "peak_bytes": peak}))
+    assert peak < 2 * layer + (32 << 20) + (600 << 20)
