@@ -123,13 +123,14 @@ def make(folder: Path, num_layers: int) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Every number is a word."""
+    """Every number from 2 on is a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({str(word): word for word in range(WORDS)}, unk_token="0"))
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{str(word): word for word in range(2, WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "1", "unk_token": "0"}
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 

@@ -207,8 +207,15 @@ def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_p
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_with_a_sentence_and_the_contracts_exit_code(
-    arguments: tuple[str, ...], code: int, sentence: str, model: Path, text: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    arguments: tuple[str, ...],
+    code: int,
+    sentence: str,
+    model: Path,
+    text: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"model": model, "text": text, "statistics": statistics}
     result = run(*(argument.format(**places) for argument in arguments))
@@ -247,7 +254,8 @@ def test_help_is_there_for_every_verb_and_starts_without_torch() -> None:
 
 def test_plan_does_not_import_torch(statistics: Path, tmp_path: Path) -> None:
     arguments = ["reapkit", "plan", str(statistics), "--keep", "4", "-o", str(tmp_path / "plan.json")]
-    code = f"import sys; from reapkit.cli import main; sys.argv = {arguments!r}\ntry: main()\nexcept SystemExit as end: assert not end.code\n"
+    code = f"import sys; from reapkit.cli import main; sys.argv = {arguments!r}\n"
+    code += "try: main()\nexcept SystemExit as end: assert not end.code\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (tmp_path / "plan.json").exists()

@@ -106,6 +106,7 @@ def test_a_saved_plan_is_read_back_and_has_a_line_per_layer(tmp_path: Path) -> N
         ({"format": "x"}, "is not a plan of reapkit"),
         ({"surplus": 1}, "has the unknown entry 'surplus'"),
         ({"kept": {"a": [1]}}, "is not a whole plan: ValueError"),
+        ({"kept": {"0": [1, 2.5, 3]}}, "is not a whole plan: ValueError 2.5 is not the number of an expert"),
         ({"kept": None}, "is not a whole plan"),
         ({"source": {}}, "is not a whole plan: TypeError"),
         ({"num_kept": 4}, "says it keeps 4 experts a layer and lists 3"),
@@ -117,6 +118,13 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path, change: dict[str, Any],
     with pytest.raises(PlanError) as caught:
         PruningPlan.load(path)
     assert sentence in caught.value.message
+
+
+def test_a_file_that_is_not_json_is_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(PlanError, match=r"plan\.json is not valid JSON") as caught:
+        PruningPlan.load(tmp_path / "plan.json")
+    assert caught.value.hint == "make one with reapkit plan"
 
 
 def test_a_missing_plan_says_how_to_make_one(tmp_path: Path) -> None:
@@ -132,7 +140,9 @@ def test_a_plan_fits_its_checkpoint_and_no_other(plan_for: PlanFor, m2: Path) ->
     fitting.require_fits(layout, **{**prints, "layout_fingerprint": "of a sibling in another format"})
     with pytest.raises(PlanError, match="the same tensors with other routers"):
         fitting.require_fits(layout, **{**prints, "routing_fingerprint": "x"})
-    with pytest.raises(PlanError, match="the plan covers 2 layers of 8 experts, the checkpoint has 3 of 8"):
+    with pytest.raises(PlanError, match="the plan is for 9 experts per layer, and the checkpoint has 8"):
+        replace(fitting, num_experts=9).require_fits(layout, **prints)
+    with pytest.raises(PlanError, match=r"the MoE layer 2 is only in the checkpoint \(1 such layers\)"):
         replace(fitting, kept={0: fitting.kept[0], 1: fitting.kept[1]}).require_fits(layout, **prints)
     edited = replace(fitting, top_k=1, kept=dict.fromkeys(fitting.kept, (3,)))
     with pytest.raises(PlanError, match="keeping 1 of 8 experts is fewer than the 2 that each token is routed to"):

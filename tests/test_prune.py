@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -352,6 +353,10 @@ def test_dequantising_removes_quantisation_at_every_depth_and_sets_the_dtype_key
     config = {"torch_dtype": "float8", "quantization_config": {}, "text_config": {"quantization_config": {}, "a": 1}}
     assert edits.edit_config(config, layout, 6, dequantize=True) == {"torch_dtype": "bfloat16", "text_config": {"a": 1}}
     assert edits.edit_config({"a": 1}, layout, 6, dequantize=True) == {"a": 1}
+    nested = replace(layout, architecture=replace(layout.architecture, config_section="text_config"))
+    config = {"text_config": {"dtype": "float8"}, "vision_config": {"dtype": "float16"}}
+    expected = {"text_config": {"dtype": "bfloat16"}, "vision_config": {"dtype": "float16"}}
+    assert edits.edit_config(config, nested, 6, dequantize=True) == expected
 
 
 def test_the_config_keeps_its_own_formatting(m2: Path, tmp_path: Path, plan_for: PlanFor) -> None:
@@ -491,7 +496,7 @@ def test_shards_that_are_whole_are_not_written_again(
     damaged, truncated = sorted(whole)[:2]
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     with truncated.open("r+b") as stream:
-        stream.truncate(100)
+        stream.truncate(truncated.stat().st_size - 1)
     kill_at(-1)
     shards.write(*plan_for(m2, KEEP), out)
     again = {path for path, inode in whole.items() if path.stat().st_ino != inode}
@@ -629,6 +634,20 @@ def test_a_read_only_disk_is_one_sentence(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse_folder)
         refuse(plan_for, m2, tmp_path / "out", "stopped: Read-only file system")
+
+
+def test_a_name_that_the_disk_does_not_take_is_one_sentence(plan_for: PlanFor, m2: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="stopped: File name too long"):
+        shards.write(*plan_for(m2, KEEP), tmp_path / ("a" * 300))
+
+
+def test_a_dry_run_describes_and_writes_nothing(
+    plan_for: PlanFor, m2: Path, pruned: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = shards.write(*plan_for(m2, KEEP), tmp_path / "out", dry_run=True)
+    assert manifest == Manifest.load(pruned["m2"])
+    assert not (tmp_path / "out").exists()
+    refuse(plan_for, m2, pruned["m2"], "is not empty", dry_run=True)
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_is_written(

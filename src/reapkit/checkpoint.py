@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,9 +78,11 @@ class Checkpoint:
         config = read_config(path)
         weight_map, index_file = read_index(path)
         tensors: dict[str, TensorInfo] = {}
-        for file in sorted(set(weight_map.values())):
+        names: dict[str, set[str]] = defaultdict(set)
+        for name, file in weight_map.items():
+            names[file].add(name)
+        for file, wanted in sorted(names.items()):
             header, _ = read_header(shard_path(path, file), file=file)
-            wanted = {name for name, shard in weight_map.items() if shard == file}
             if absent := sorted(wanted - header.keys()):
                 raise CheckpointError(
                     f"{index_file} places {absent[0]!r} in {file}, which does not hold it ({len(absent)} such tensors)",

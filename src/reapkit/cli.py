@@ -26,6 +26,7 @@ from reapkit.errors import ReapkitError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from reapkit.fidelity import Figure
     from reapkit.observation import Estimate, Run
     from reapkit.plans import Choice
     from reapkit.progress import Progress
@@ -40,7 +41,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
+# Where no terminal says how wide it is, lines are not folded at rich's 80 columns.
+WIDTH_OF_FILES = 160
+out = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 err = Console(stderr=True)
 
 EXIT_ANSWERED_NO = 3
@@ -157,6 +160,8 @@ def inspect(
             _size(row.nbytes),
         )
     out.print(left)
+    for note in inventory.notes:
+        _note(f"[bold]note:[/] {_escape(note)}")
 
 
 @_verb
@@ -390,13 +395,10 @@ def compare(
     if as_json:
         _print_json({**fidelity.to_json(), "failed": failed})
     elif not quiet:
-        table = _table("domain", "tokens", "KL, nats/token", "top-1 agreement", "perplexity", "pruned")
+        table = _table("domain", "tokens", "KL, nats/token", "top-1 agreement", "perplexity", "of the pruned")
         for name, row in [*fidelity.domains.items(), ("overall", fidelity.overall)]:
-            table.add_row(
-                name,
-                f"{row.tokens:,}",
-                *(_figure(f) for f in (row.kl, row.top1, row.perplexity_original, row.perplexity_pruned)),
-            )
+            perplexities = (_figure(row.perplexity_original, 2), _figure(row.perplexity_pruned, 2))
+            table.add_row(name, f"{row.tokens:,}", _figure(row.kl, 4), _figure(row.top1, 3), *perplexities)
         out.print(table)
         out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.documents:,} documents, seed {seed}; +- is one standard error",
                   highlight=False)  # fmt: skip
@@ -551,10 +553,9 @@ def _table(*columns: str, numbers: bool = True) -> Table:
     return table
 
 
-def _figure(figure: Any) -> str:
-    return (
-        f"{figure.value:.4f}" if figure.standard_error is None else f"{figure.value:.4f} +- {figure.standard_error:.4f}"
-    )
+def _figure(figure: Figure, digits: int) -> str:
+    value = f"{figure.value:.{digits}f}"
+    return value if figure.standard_error is None else f"{value} +- {figure.standard_error:.{digits}f}"
 
 
 def _percent(share: float) -> str:

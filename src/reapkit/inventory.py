@@ -298,10 +298,9 @@ def _num_layers(checkpoint: Checkpoint, layout: MoELayout, section: Mapping[str,
     claimed = section.get("num_hidden_layers")
     if type(claimed) is not int or claimed < 1:
         return len(named)
-    if absent := sorted(set(range(claimed)) - named):
-        notes.append(
-            f"{CONFIG_NAME} says {claimed} layers, and no tensor belongs to layer {absent[0]} ({len(absent)} such)"
-        )
+    present = sum(index < claimed for index in named)
+    if present < claimed:
+        notes.append(f"{CONFIG_NAME} says {claimed} layers, and tensors name {present} of them")
     return claimed
 
 
@@ -394,6 +393,7 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
             f"{CONFIG_NAME}",
             hint="fetch the shards: only their headers are read",
         )
+    dtype, exempt = _named_dtype(config, architecture), _exempt(quantization)
     from reapkit.modules import shapes_on_disk
 
     shapes, tied = shapes_on_disk(path, origin=origin, trust_remote_code=trust_remote_code)
@@ -407,21 +407,21 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
         for verb, names, has in (("names", strange, "does not have"), ("lacks", absent, "has")):
             if names:
                 notes.append(
-                    f"{INDEX_NAME} {verb} {len(names):,} tensors that the model {has}, and they are not counted: "
-                    f"{min(names)} is one"
+                    f"{INDEX_NAME} {verb} tensors that the model {has}, and they are not counted: "
+                    f"{min(names)} ({len(names):,} such)"
                 )
         files = {name: file for name, file in named.items() if name not in strange}
     else:
         total = None
-        scaled = {name + _SCALE_SUFFIX for name in _converted(shapes, architecture, quantization)}
-        files = dict.fromkeys((*(shapes.keys() - tied), *(scales.keys() & scaled)), "")
+        scaled = {name + _SCALE_SUFFIX for name in _converted(shapes, architecture, exempt)}
+        files = {name: "" for name in shapes if name not in tied} | {name: "" for name in scales if name in scaled}
 
     shapes |= scales
     storage = {name: _storage(name, files, architecture) for name in files}
     elements: Counter[_Storage] = Counter()
     for name, kind in storage.items():
         elements[kind] += math.prod(shapes[name])
-    dtypes = _choose_dtypes(config, architecture, elements, total=total, notes=notes)
+    dtypes = _choose_dtypes(elements, plain=dtype, exempt=exempt, total=total, notes=notes)
     tensors = {}
     for name, file in files.items():
         dtype = dtypes[storage[name]]
@@ -446,11 +446,9 @@ def _scale_shapes(shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int])
     }
 
 
-def _converted(
-    names: Iterable[str], architecture: Architecture, quantization: Mapping[str, Any] | None
-) -> Iterator[str]:
+def _converted(names: Iterable[str], architecture: Architecture, exempt: tuple[str, ...]) -> Iterator[str]:
     """The weights that a quantiser leaves scales for, if they are matrices: those in layers that the config does not exempt."""
-    exempt, layer = _exempt(quantization), _layer_pattern(architecture)
+    layer = _layer_pattern(architecture)
     for name in names:
         if layer.match(name) and not name.removesuffix(".weight").endswith(exempt):
             yield name
@@ -478,22 +476,20 @@ def _storage(name: str, files: Mapping[str, str], architecture: Architecture) ->
 
 
 def _choose_dtypes(
-    config: Mapping[str, Any],
-    architecture: Architecture,
     elements: Mapping[_Storage, int],
     *,
+    plain: str | None,
+    exempt: tuple[str, ...],
     total: int | None,
     notes: list[str],
 ) -> Mapping[_Storage, str]:
     """The dtype of each kind of tensor: the likeliest of those whose bytes add up to the index's `total_size`, else the likeliest."""
-    named = _named_dtype(config, architecture)
-    # MiniMax-M2 exempts "gate" by its bare name and stores routers and their biases in F32; others store them like the rest, or in F32.
-    wide_first = "gate" in _exempt(quantization_of(config))
     candidates: list[dict[_Storage, str]] = []
-    for plain in [named] if named else ["BF16", "F32", "F16"]:
-        either = ["F32", plain] if wide_first else [plain, "F32"]
+    for weights in [plain] if plain else ["BF16", "F32", "F16"]:
+        # MiniMax-M2 exempts "gate" by its bare name and stores routers and their biases in F32; others mostly store them like the rest.
+        either = ["F32", weights] if "gate" in exempt else [weights, "F32"]
         for router, bias, scale in itertools.product(either, either, ["F32", "BF16"]):
-            candidates.append({"plain": plain, "fp8": "F8_E4M3", "scale": scale, "router": router, "bias": bias})
+            candidates.append({"plain": weights, "fp8": "F8_E4M3", "scale": scale, "router": router, "bias": bias})
     sizes = [sum(nbytes(choice[kind], [count]) for kind, count in elements.items()) for choice in candidates]
     if total in sizes:
         return candidates[sizes.index(total)]
@@ -501,7 +497,7 @@ def _choose_dtypes(
         notes.append(
             f"{INDEX_NAME} says {total:,} bytes and the shapes give {sizes[0]:,}: bytes by part are those of the shapes"
         )
-    if named is None:
+    if plain is None:
         notes.append(f"{CONFIG_NAME} names no dtype: bf16 is assumed")
     return candidates[0]
 
@@ -510,7 +506,7 @@ def _named_dtype(config: Mapping[str, Any], architecture: Architecture) -> str |
     for table in (section_of(config, architecture.config_section), config):
         for key in ("dtype", "torch_dtype"):
             if (value := table.get(key)) is not None:
-                if value not in _DTYPE_CODES:
+                if not isinstance(value, str) or value not in _DTYPE_CODES:
                     raise CheckpointError(
                         f"{CONFIG_NAME} gives {key} as {value!r}", hint=f"one of: {', '.join(_DTYPE_CODES)}"
                     )

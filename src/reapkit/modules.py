@@ -11,11 +11,13 @@ expert, K = experts per token, E = experts, D = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,7 @@ class StreamedModel:
     def unload(self, index: int) -> None:
         """Free a layer's weights."""
         _to_meta(self.layers[index])
+        _return_freed_memory()
 
     def load_entry(self) -> None:
         """Load everything outside the layers but the output projection."""
@@ -307,6 +310,16 @@ def _to_meta(module: nn.Module) -> None:
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
             if leaf not in owner._non_persistent_buffers_set:
                 setattr(owner, leaf, torch.empty_like(buffer, device="meta"))
+
+
+def _return_freed_memory() -> None:
+    """Hand freed memory back to the system.
+
+    glibc keeps it in arenas, one per thread, whose gaps let the peak creep up layer by layer (by 0.3 GB over 16 layers of 0.1 GB).
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # other C libraries have no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

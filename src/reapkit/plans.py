@@ -20,7 +20,7 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Scores
-from reapkit.errors import PlanError, UsageError
+from reapkit.errors import CheckpointError, PlanError, UsageError
 from reapkit.layout import MoELayout
 from reapkit.statistics import Statistics
 from reapkit.tensors import parse_json
@@ -105,11 +105,13 @@ class PruningPlan:
                 f"with other routers ({routing_fingerprint[:12]})",
                 hint="make a plan from statistics of this checkpoint",
             )
-        if self.num_experts != layout.num_experts or set(self.kept) != set(layout.layer_indices):
+        if self.num_experts != layout.num_experts:
             raise PlanError(
-                f"the plan covers {len(self.kept)} layers of {self.num_experts} experts, "
-                f"the checkpoint has {len(layout.layers)} of {layout.num_experts}"
+                f"the plan is for {self.num_experts} experts per layer, and the checkpoint has {layout.num_experts}"
             )
+        if apart := sorted(set(self.kept) ^ set(layout.layer_indices)):
+            what = "the plan" if apart[0] in self.kept else "the checkpoint"
+            raise PlanError(f"the MoE layer {apart[0]} is only in {what} ({len(apart)} such layers)")
         _require_top_k(self.num_kept, layout.num_experts, layout.top_k)
 
     def to_json(self) -> dict[str, Any]:
@@ -145,7 +147,11 @@ class PruningPlan:
         """
         if not path.is_file():
             raise PlanError(f"there is no plan {path}", hint="make one with reapkit plan")
-        return cls.from_json(parse_json(path.read_bytes(), origin=str(path)), origin=str(path))
+        try:
+            described = parse_json(path.read_bytes(), origin=str(path))
+        except CheckpointError as error:
+            raise PlanError(error.message, hint="make one with reapkit plan") from None
+        return cls.from_json(described, origin=str(path))
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any], *, origin: str) -> PruningPlan:
@@ -156,9 +162,9 @@ class PruningPlan:
         if unknown := sorted(described.keys() - known):
             raise PlanError(f"{origin} has the unknown entry {unknown[0]!r}")
         try:
-            kept = {
-                int(layer): tuple(int(expert) for expert in experts) for layer, experts in described["kept"].items()
-            }
+            kept = {int(layer): tuple(experts) for layer, experts in described["kept"].items()}
+            if odd := [expert for experts in kept.values() for expert in experts if type(expert) is not int]:
+                raise ValueError(f"{odd[0]!r} is not the number of an expert")
             plan = cls(
                 source=PlannedSource(**described["source"]),
                 criterion=described["criterion"],

@@ -239,19 +239,26 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
     """Raise OutputError unless the output folder is new, empty (but for reapkit's own folder) or an interrupted run's, and apart from the
     source.
     """
-    source, target = checkpoint.path.resolve(), out.resolve()
-    if target == source:
-        raise OutputError(f"the output {out} is the source itself", hint="give another folder")
-    if target.is_relative_to(source):
-        raise OutputError(f"the output {out} is inside the source {checkpoint.path}", hint="give a folder outside it")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"the output {out} is a file", hint="give a new folder")
-    if not out.exists() or (out / UNFINISHED_NAME).exists():
-        return
-    found = sorted(entry.name for entry in out.iterdir() if entry.name not in (OWN_FOLDER, UNFINISHED_NAME + _PARTIAL))
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise OutputError(f"the output folder {out} is not empty: it holds {found[0]}{more}", hint="give a new folder")
+    with _explained(out):
+        source, target = checkpoint.path.resolve(), out.resolve()
+        if target == source:
+            raise OutputError(f"the output {out} is the source itself", hint="give another folder")
+        if target.is_relative_to(source):
+            raise OutputError(
+                f"the output {out} is inside the source {checkpoint.path}", hint="give a folder outside it"
+            )
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"the output {out} is a file", hint="give a new folder")
+        if not out.exists() or (out / UNFINISHED_NAME).exists():
+            return
+        found = sorted(
+            entry.name for entry in out.iterdir() if entry.name not in (OWN_FOLDER, UNFINISHED_NAME + _PARTIAL)
+        )
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise OutputError(
+                f"the output folder {out} is not empty: it holds {found[0]}{more}", hint="give a new folder"
+            )
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
     elif not found.problems:
         replace(manifest, digests=dict(sorted(found.digests.items()))).save(out)
     num_tensors = sum(len(header) for header in found.headers.values())
-    return Verification(tuple(found.problems), num_tensors, found.num_bytes, original is not None)
+    return Verification(tuple(dict.fromkeys(found.problems)), num_tensors, found.num_bytes, original is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,8 @@ class _Output:
             file = path.relative_to(self.path).as_posix()
             if file not in self.weight_map.values() and not file.startswith("reapkit/"):
                 self.problems.append(f"{file} is a safetensors file that {INDEX_NAME} does not name")
-        self._check_total_size()
+        if self.headers.keys() == set(self.weight_map.values()):
+            self._check_total_size()
 
     def _check_total_size(self) -> None:
         if not (self.path / INDEX_NAME).is_file():

@@ -1,0 +1,241 @@
+"""Streaming a model layer by layer gives what the whole model gives, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from streaming import full_logits, full_model, streamed_logits, streamed_model, token_batches, with_tensors
+
+from reapkit.checkpoint import Checkpoint
+from reapkit.errors import CheckpointError
+from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
+
+ROUTERS = ("gate.weight", "e_score_correction_bias")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(m2: Path, qwen3: Path, m2_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("modules")
+
+    def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor if name.endswith(ROUTERS) else tensor.bfloat16()
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+
+    return {
+        "m2": m2,
+        "qwen3": qwen3,
+        "m2-fp8": m2_fp8,
+        "m2-bf16": with_tensors(m2, folder / "m2-bf16", to_bfloat16, dtype="bfloat16"),
+        "m2-tied": with_tensors(m2, folder / "m2-tied", tie, tie_word_embeddings=True),
+        "qwen3-tied": with_tensors(qwen3, folder / "qwen3-tied", tie, tie_word_embeddings=True),
+    }
+
+
+def require_nothing_left(model: StreamedModel) -> None:
+    assert [thread.name for thread in threading.enumerate() if type(thread).__name__ == "_Forward"] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("reapkit-loader")] == []
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.layers)
+
+
+@pytest.mark.parametrize("name", ["m2", "qwen3", "m2-fp8", "m2-bf16", "m2-tied", "qwen3-tied"])
+def test_streamed_logits_equal_the_whole_models_bit_for_bit_and_eager_ones_closely(
+    checkpoints: dict[str, Path], name: str
+) -> None:
+    inputs = token_batches()
+    model = streamed_model(checkpoints[name])
+    streamed = streamed_logits(model, inputs)
+    same = full_logits(full_model(checkpoints[name], experts="reapkit"), inputs)
+    eager = full_logits(full_model(checkpoints[name]), inputs)
+    for ours, reference, independent in zip(streamed, same, eager, strict=True):
+        assert torch.equal(ours, reference)
+        torch.testing.assert_close(ours, independent, rtol=0, atol=1e-5)
+    require_nothing_left(model)
+
+
+@pytest.mark.parametrize("name", ["m2-bf16", "m2-fp8"])
+def test_streamed_logits_in_bfloat16_equal_the_whole_models_with_its_routers_in_float32(
+    checkpoints: dict[str, Path], name: str
+) -> None:
+    inputs = token_batches()
+    streamed = streamed_logits(streamed_model(checkpoints[name], dtype=torch.bfloat16), inputs)
+    same = full_logits(full_model(checkpoints[name], dtype=torch.bfloat16, experts="reapkit"), inputs)
+    assert all(torch.equal(ours, reference) for ours, reference in zip(streamed, same, strict=True))
+
+
+def test_a_model_can_be_streamed_again(checkpoints: dict[str, Path]) -> None:
+    inputs = token_batches()
+    model = streamed_model(checkpoints["m2-tied"])
+    first, second = streamed_logits(model, inputs), streamed_logits(model, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["m2", "m2-fp8", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routers_and_selection_biases_stay_exactly_as_stored_when_computing_in_16_bits(
+    checkpoints: dict[str, Path], name: str, dtype: torch.dtype
+) -> None:
+    model = streamed_model(checkpoints[name], dtype=dtype)
+    stored = tiny.load_tensors(checkpoints[name])
+    seen = []
+
+    def after_batch(layer: int, number: int) -> None:
+        for router in model.layout.router_names:
+            if f"layers.{layer}." in router:
+                value = model.module.get_submodule(f"model.layers.{layer}.mlp")
+                for part in router.partition("block_sparse_moe." if "m2" in name else "mlp.")[2].split("."):
+                    value = getattr(value, part)
+                assert value.dtype == torch.float32 and torch.equal(value, stored[router])
+                seen.append(router)
+        assert model.layers[layer].self_attn.q_proj.weight.dtype == dtype
+
+    logits = streamed_logits(model, token_batches()[:1], after_batch)
+    assert sorted(seen) == sorted(model.layout.router_names)
+    assert logits[0].isfinite().all()
+
+
+def test_one_layer_at_a_time_is_in_the_model_while_the_next_is_read_by_another_thread(m2: Path) -> None:
+    model = streamed_model(m2)
+    readers: dict[int, str] = {}
+    fetch = model.fetch
+
+    def watched(index: int) -> dict[str, torch.Tensor]:
+        readers[index] = threading.current_thread().name
+        return fetch(index)
+
+    model.fetch = watched  # type: ignore[method-assign]
+    calls = []
+
+    def after_batch(layer: int, number: int) -> None:
+        calls.append((layer, number))
+        loaded = [i for i, part in enumerate(model.layers) if not any(value.is_meta for value in part.parameters())]
+        assert loaded == [layer]
+        assert model.module.lm_head.weight.is_meta and model.module.model.embed_tokens.weight.is_meta
+
+    streamed_logits(model, token_batches(), after_batch)
+    assert calls == [(layer, number) for layer in range(3) for number in range(4)]
+    assert readers.keys() == {0, 1, 2} and all(name.startswith("reapkit-loader") for name in readers.values())
+
+
+@pytest.mark.parametrize("stop", [(0, 0), (1, 2), (2, 3)])
+def test_ctrl_c_leaves_no_suspended_thread_and_no_weights(m2: Path, stop: tuple[int, int]) -> None:
+    model = streamed_model(m2)
+    weights: list[Any] = []
+
+    def after_batch(layer: int, number: int) -> None:
+        weights.append(weakref.ref(model.layers[layer].mlp.experts.down_proj))
+        if (layer, number) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamed_logits(model, token_batches(), after_batch)
+    require_nothing_left(model)
+    assert all(weight() is None for weight in weights)
+
+
+def test_an_error_inside_a_forward_is_raised_and_leaves_nothing(m2: Path) -> None:
+    model = streamed_model(m2)
+    inputs = token_batches()
+    inputs[2][0, 0] = 10_000  # no such token
+    with pytest.raises(IndexError):
+        streamed_logits(model, inputs)
+    require_nothing_left(model)
+
+
+def test_leaving_before_anything_ran_leaves_nothing(m2: Path) -> None:
+    model = streamed_model(m2)
+    with SuspendedForwards(model, token_batches()):
+        pass
+    require_nothing_left(model)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", "layer 1 lacks weights"),
+        ("model.layers.2.input_layernorm.weight", "layer 2 lacks weights"),
+        ("model.embed_tokens.weight", "the model lacks weights"),
+        ("model.norm.weight", "the model lacks weights"),
+        ("lm_head.weight", "the model lacks weights"),
+    ],
+)
+def test_a_missing_tensor_is_named(m2: Path, tmp_path: Path, missing: str, message: str) -> None:
+    folder = with_tensors(m2, tmp_path / "m2", lambda tensors: tensors.pop(missing))
+    model = streamed_model(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        streamed_logits(model, token_batches())
+    assert missing in str(caught.value)
+    require_nothing_left(model)
+
+
+def test_a_tensor_of_another_shape_is_named(m2: Path, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.input_layernorm.weight"] = torch.ones(7)
+
+    model = streamed_model(with_tensors(m2, tmp_path / "m2", cut))
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.input_layernorm\.weight' has the shape \[7\]"):
+        streamed_logits(model, token_batches())
+
+
+def test_a_shard_that_shrinks_while_streaming_is_named(m2: Path, tmp_path: Path) -> None:
+    model = streamed_model(with_tensors(m2, tmp_path / "m2", lambda tensors: None))
+
+    def after_batch(layer: int, number: int) -> None:
+        (tmp_path / "m2/model-1.safetensors").write_bytes(b"")
+
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors ends inside"):
+        streamed_logits(model, token_batches(), after_batch)
+    require_nothing_left(model)
+
+
+def test_what_a_forward_would_keep_for_every_layer_is_not_asked_for(m2: Path, tmp_path: Path) -> None:
+    asked = {"output_router_logits": True, "output_hidden_states": True, "output_attentions": True}
+    model = streamed_model(with_tensors(m2, tmp_path / "m2", lambda tensors: None, **asked))
+    with SuspendedForwards(model, token_batches()[:1]) as forwards:
+        forwards.run_layers(lambda layer, number: None)
+        model.load_exit()
+        forwards._forwards[0].step()
+        assert list(forwards._forwards[0].take_result().keys()) == ["logits"]
+
+
+def test_tensors_behind_the_last_layer_are_never_read(m2: Path, tmp_path: Path) -> None:
+    """MTP layers lie on disk as further layers, and transformers does not run them."""
+
+    def add_mtp(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            tensors[name.replace("layers.2.", "layers.3.")] = torch.full_like(tensors[name], float("nan"))
+
+    model = streamed_model(with_tensors(m2, tmp_path / "m2", add_mtp))
+    inputs = token_batches()
+    streamed = streamed_logits(model, inputs)
+    reference = full_logits(full_model(m2, experts="reapkit"), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(streamed, reference, strict=True))
+
+
+def test_remote_code_is_not_run_unasked(m2: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_minimax_m2.Model", "AutoConfig": "modeling_minimax_m2.Config"}
+    folder = with_tensors(m2, tmp_path / "m2", lambda tensors: None, auto_map=auto_map)
+    assert "SystemExit" in (folder / "modeling_minimax_m2.py").read_text()
+    checkpoint = Checkpoint.open(folder)
+    assert type(build_meta_model(checkpoint, dtype=torch.float32)).__name__ == "MiniMaxM2ForCausalLM"
+    assert load_tokenizer(checkpoint)("ab")["input_ids"]
+
+
+def test_a_checkpoint_without_a_readable_tokenizer_says_so(m2: Path, tmp_path: Path) -> None:
+    shutil.copytree(m2, tmp_path / "m2")
+    (tmp_path / "m2/tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded: "):
+        load_tokenizer(Checkpoint.open(tmp_path / "m2"))
+
+
