@@ -46,7 +46,9 @@ def main() -> int:
     few, many = runs
     growth = many["peak_bytes"] - few["peak_bytes"]
     ok = growth <= few["layer_bytes"]
-    print(f"{'layers':>7}  {'checkpoint':>11}  {'one layer':>10}  {'waves':>5}  {'peak':>9}  {'before':>9}  {'time':>6}")
+    print(
+        f"{'layers':>7}  {'checkpoint':>11}  {'one layer':>10}  {'waves':>5}  {'peak':>9}  {'before':>9}  {'time':>6}"
+    )
     for run in runs:
         print(
             f"{run['layers']:>7}  {mb(run['checkpoint_bytes']):>11}  {mb(run['layer_bytes']):>10}  {run['waves']:>5}  "

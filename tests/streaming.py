@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards, observed_experts
 
 CPU = torch.device("cpu")
+
+# Products this small only lose time to more threads, most of all where tests run side by side.
+torch.set_num_threads(1)
 
 
 def token_batches(seed: int = 0) -> list[np.ndarray[Any, Any]]:
@@ -68,7 +71,9 @@ def full_logits(model: Any, inputs: Sequence[np.ndarray[Any, Any]]) -> list[torc
         return [model(input_ids=torch.from_numpy(ids_BT), use_cache=False).logits for ids_BT in inputs]
 
 
-def with_tensors(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Path:
+def with_tensors(
+    source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any
+) -> Path:
     """A copy of a checkpoint with other tensors and config entries, all in one shard."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model-*.safetensors"))
     tensors = tiny.load_tensors(source)

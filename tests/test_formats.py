@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.formats import Format, decode, dequantize_blocks, read_format, read_tensor
@@ -43,7 +43,7 @@ def test_dequantising_equals_transformers_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(192, 200), (1, 129), (130, 1), (300, 128)])
+@pytest.mark.parametrize("shape", [(140, 40), (1, 129), (130, 1)])
 def test_dequantising_partial_blocks_equals_a_loop(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, scale = random_blocks(*shape, torch.float32, seed=sum(shape))
     reference = torch.empty(shape, dtype=dtype)
@@ -75,7 +75,9 @@ def test_a_whole_fp8_checkpoint_decodes_to_what_transformers_loads(m2_fp8: Path)
             assert torch.equal(down, loaded[f"{prefix}mlp.experts.down_proj"][expert])
 
 
-def checkpoint_of(folder: Path, tensors: dict[str, torch.Tensor], quantization: Any = None) -> tuple[Checkpoint, Format]:
+def checkpoint_of(
+    folder: Path, tensors: dict[str, torch.Tensor], quantization: Any = None
+) -> tuple[Checkpoint, Format]:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     tiny.write_json(folder / "config.json", {"quantization_config": quantization} if quantization else {})
@@ -87,7 +89,9 @@ def checkpoint_of(folder: Path, tensors: dict[str, torch.Tensor], quantization: 
 @pytest.mark.parametrize("quantization", [None, FP8])
 def test_plain_tensors_are_given_as_stored(tmp_path: Path, dtype: torch.dtype, quantization: Any) -> None:
     value = torch.randn(5, 7).to(dtype)
-    checkpoint, format = checkpoint_of(tmp_path, {"odd": torch.ones(1), "w": value, "z": torch.empty(0, 3)}, quantization)
+    checkpoint, format = checkpoint_of(
+        tmp_path, {"odd": torch.ones(1), "w": value, "z": torch.empty(0, 3)}, quantization
+    )
     for name, stored in (("w", value), ("z", torch.empty(0, 3))):
         decoded = decode(checkpoint, checkpoint.tensors[name], format=format, dtype=torch.float32)
         assert decoded.dtype == stored.dtype and torch.equal(decoded, stored)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from streaming import full_logits, full_model, streamed_logits, streamed_model, token_batches, with_tensors
 
+import tiny
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError
 from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
+from streaming import full_logits, full_model, streamed_logits, streamed_model, token_batches, with_tensors
 
 ROUTERS = ("gate.weight", "e_score_correction_bias")
 
@@ -228,7 +228,7 @@ def test_remote_code_is_not_run_unasked(m2: Path, tmp_path: Path) -> None:
     folder = with_tensors(m2, tmp_path / "m2", lambda tensors: None, auto_map=auto_map)
     assert "SystemExit" in (folder / "modeling_minimax_m2.py").read_text()
     checkpoint = Checkpoint.open(folder)
-    assert type(build_meta_model(checkpoint, dtype=torch.float32)).__name__ == "MiniMaxM2ForCausalLM"
+    assert type(build_meta_model(folder, origin="m2", dtype=torch.float32)).__name__ == "MiniMaxM2ForCausalLM"
     assert load_tokenizer(checkpoint)("ab")["input_ids"]
 
 
@@ -237,5 +237,3 @@ def test_a_checkpoint_without_a_readable_tokenizer_says_so(m2: Path, tmp_path: P
     (tmp_path / "m2/tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded: "):
         load_tokenizer(Checkpoint.open(tmp_path / "m2"))
-
-

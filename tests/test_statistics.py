@@ -106,7 +106,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None
         Statistics.load(tmp_path / "stats")
 
 
-@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "reapkit-statistics-0"}])
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"reapkit-statistics-0": "{}"}])
 def test_another_safetensors_file_is_refused(tmp_path: Path, metadata: dict[str, str]) -> None:
     save_file({"layers.0.count_SE": np.zeros((4, 4))}, tmp_path / "stats", metadata=metadata)
     with pytest.raises(DataError, match="is not a statistics file of reapkit"):
@@ -145,7 +145,7 @@ def test_an_inconsistent_file_is_refused(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.parametrize("described", ["{}", "[]", "not JSON", '{"calibration": [], "domains": ["a"], "extra": 1}'])
 def test_damaged_descriptions_are_refused(tmp_path: Path, described: str) -> None:
     statistics().save(tmp_path / "stats")
-    rewrite(tmp_path / "stats", metadata={"format": module.FORMAT, "statistics": described})
+    rewrite(tmp_path / "stats", metadata={module.FORMAT: described})
     with pytest.raises(DataError, match="is damaged"):
         Statistics.load(tmp_path / "stats")
 

@@ -4,6 +4,7 @@ Every kind is a function `(rng, level) -> (question, steps, answer)`; levels 1 t
 The steps spell out carries, partial products and remainders, because a model this small cannot do them in its head.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from fractions import Fraction
@@ -47,7 +48,7 @@ def _combined(a: int, sign: str, b: int) -> str:
 
 def _multiplied(a: int, b: int) -> str:
     """Partial products, largest place of the second factor first."""
-    if a < 10 and b < 10 or a * b == 0:
+    if (a < 10 and b < 10) or a * b == 0:
         return f"{a}*{b}={a * b}"
     if b < 10:
         a, b = b, a
@@ -56,13 +57,10 @@ def _multiplied(a: int, b: int) -> str:
         return f"{a}*{b}={a * b}"
     if a >= 10:
         inner = [_multiplied(int(digit), a) for digit in str(b) if digit not in "01"]
-        lines = [*dict.fromkeys(inner), f"{a}*{b}={'+'.join(map(str, parts))}={a * b}"]
-        if len(parts) > 1:
-            total = parts[0]
-            lines = lines[:-1] + [f"{a}*{b}={'+'.join(map(str, parts))}"]
-            for part in parts[1:]:
-                lines.append(_added(total, part))
-                total += part
+        lines, total = [*dict.fromkeys(inner), f"{a}*{b}={'+'.join(map(str, parts))}"], parts[0]
+        for part in parts[1:]:
+            lines.append(_added(total, part))
+            total += part
         return "\n".join(lines)
     return f"{a}*{b}={'+'.join(map(str, parts))}={a * b}"
 
@@ -107,7 +105,9 @@ def _product(rng: random.Random, level: int) -> Problem:
 def _division(rng: random.Random, level: int) -> Problem:
     a, b = _number(rng, level + 1), rng.randint(2, 9 if level < 3 else 12)
     kind = rng.randrange(3)
-    question = [f"Divide {a} by {b} and give quotient and remainder.", f"What is {a} // {b}?", f"What is {a} mod {b}?"][kind]
+    question = [f"Divide {a} by {b} and give quotient and remainder.", f"What is {a} // {b}?", f"What is {a} mod {b}?"][
+        kind
+    ]
     return question, _divided(a, b), [f"{a // b} r {a % b}", str(a // b), str(a % b)][kind]
 
 
@@ -147,7 +147,12 @@ def _common_divisor(rng: random.Random, level: int) -> Problem:
 
 
 def _equation(rng: random.Random, level: int) -> Problem:
-    a, x, b, name = rng.randint(2, 4 + 3 * level), rng.randint(1, 10 * level), rng.randint(1, 20 * level), rng.choice("xyntk")
+    a, x, b, name = (
+        rng.randint(2, 4 + 3 * level),
+        rng.randint(1, 10 * level),
+        rng.randint(1, 20 * level),
+        rng.choice("xyntk"),
+    )
     if level < 3 or rng.random() < 0.5:
         sign = rng.choice("+-")
         right = a * x + (b if sign == "+" else -b)
@@ -202,7 +207,7 @@ def _sequence(rng: random.Random, level: int) -> Problem:
         terms = [start]
         for i in range(4):
             terms.append(terms[-1] + step + growth * i)
-    gaps = [b - a for a, b in zip(terms, terms[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(terms)]
     gap = gaps[-1] + (growth if kind == 2 else 0)
     steps = f"gaps {' '.join(map(str, gaps))}, next {gap}\n" + _added(terms[-1], gap)
     return f"What comes next: {', '.join(map(str, terms))}?", steps, str(terms[-1] + gap)
@@ -256,7 +261,11 @@ def _shop(rng: random.Random, level: int) -> Problem:
         return f"{name} buys {listed}. How many dollars does {name} pay?", "\n".join(steps), str(total)
     paid = total + rng.randint(1, 10 * level)
     steps.append(_subtracted(paid, total))
-    return f"{name} buys {listed} and pays with ${paid}. How many dollars come back?", "\n".join(steps), str(paid - total)
+    return (
+        f"{name} buys {listed} and pays with ${paid}. How many dollars come back?",
+        "\n".join(steps),
+        str(paid - total),
+    )
 
 
 def _story(rng: random.Random, level: int) -> Problem:
@@ -267,12 +276,18 @@ def _story(rng: random.Random, level: int) -> Problem:
     for _ in range(rng.randint(level, level + 2)):
         kind, amount = rng.randrange(6), rng.randint(2, 15 * level)
         if kind <= 1:
-            sentences.append(f"{rng.choice(['Then', 'Later'])} {name} {rng.choice(['finds', 'buys', 'gets'])} {amount} more.")
+            sentences.append(
+                f"{rng.choice(['Then', 'Later'])} {name} {rng.choice(['finds', 'buys', 'gets'])} {amount} more."
+            )
             steps.append(_added(have, amount))
             have += amount
         elif kind <= 3 and have > 2:
             amount = rng.randint(1, have - 1)
-            sentences.append(rng.choice([f"{name} gives {amount} to {other}.", f"{name} loses {amount}.", f"{other} takes {amount}."]))
+            sentences.append(
+                rng.choice(
+                    [f"{name} gives {amount} to {other}.", f"{name} loses {amount}.", f"{other} takes {amount}."]
+                )
+            )
             steps.append(_subtracted(have, amount))
             have -= amount
         elif kind == 4 and have < 300:
@@ -296,7 +311,10 @@ def _travel(rng: random.Random, level: int) -> Problem:
     vehicle = rng.choice(["train", "car", "bus", "boat", "bike"])
     kind = rng.randrange(3)
     if kind == 0:
-        question, steps = f"A {vehicle} goes {speed} km an hour for {hours} hours. How many km is that?", _multiplied(hours, speed)
+        question, steps = (
+            f"A {vehicle} goes {speed} km an hour for {hours} hours. How many km is that?",
+            _multiplied(hours, speed),
+        )
         return question, steps, str(speed * hours)
     if kind == 1:
         question = f"A {vehicle} covers {speed * hours} km in {hours} hours. How many km an hour is that?"
@@ -343,7 +361,11 @@ def _power(rng: random.Random, level: int) -> Problem:
     for _ in range(exponent - 1):
         steps.append(_multiplied(base, value))
         value *= base
-    return rng.choice([f"What is {base}^{exponent}?", f"Raise {base} to the power {exponent}."]), "\n".join(steps), str(value)
+    return (
+        rng.choice([f"What is {base}^{exponent}?", f"Raise {base} to the power {exponent}."]),
+        "\n".join(steps),
+        str(value),
+    )
 
 
 def _rate(rng: random.Random, level: int) -> Problem:

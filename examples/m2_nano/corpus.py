@@ -3,6 +3,7 @@
 Everything that decides between training and held-out lies here and in `tasks.py`, so that one reading shows they are disjoint.
 """
 
+# ruff: noqa: SIM905 - a list of module names reads better as words
 import gzip
 import json
 import random
@@ -18,7 +19,17 @@ HELD_OUT_MODULES = (
     "bisect calendar colorsys configparser csv difflib fractions graphlib heapq ipaddress netrc sched shlex statistics string "
     "textwrap tomllib zipapp"
 ).split()
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "__pycache__", "pydoc_data", "encodings"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "pydoc_data",
+    "encodings",
+}
 
 
 def stdlib_modules() -> dict[str, str]:
@@ -27,7 +38,11 @@ def stdlib_modules() -> dict[str, str]:
     sources = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if not SKIPPED_FOLDERS & set(relative.parts) and "site-packages" not in str(relative) and "config-" not in str(relative):
+        if (
+            not SKIPPED_FOLDERS & set(relative.parts)
+            and "site-packages" not in str(relative)
+            and "config-" not in str(relative)
+        ):
             sources[str(relative)] = path.read_text(encoding="utf-8", errors="ignore")
     return sources
 
@@ -72,7 +87,9 @@ def is_held_out_problem(row: dict) -> bool:
     return is_held_out(row["messages"][0]["content"])
 
 
-def held_out_rows(gsm8k: Path | None, counts: dict[str, int], levels: dict[str, tuple[int, ...]], seed: int) -> list[list[dict]]:
+def held_out_rows(
+    gsm8k: Path | None, counts: dict[str, int], levels: dict[str, tuple[int, ...]], seed: int
+) -> list[list[dict]]:
     """The two committed splits, calibration and held-out: `counts[domain]` rows each, no prompt in both."""
     from tasks import draw, prompt_key
 
@@ -88,7 +105,11 @@ def held_out_rows(gsm8k: Path | None, counts: dict[str, int], levels: dict[str, 
     problems = [row for row in gsm8k_rows(gsm8k) if is_held_out_problem(row)]
     rng.shuffle(problems)
     modules = {name: source for name, source in stdlib_modules().items() if is_held_out_module(name)}
-    texts = [{"domain": "stdlib", "module": name, "text": piece} for name, source in modules.items() for piece in pieces(source, 900)]
+    texts = [
+        {"domain": "stdlib", "module": name, "text": piece}
+        for name, source in modules.items()
+        for piece in pieces(source, 900)
+    ]
     rng.shuffle(texts)
     for domain, rows in (("gsm8k", problems), ("stdlib", texts)):
         for i, split in enumerate(splits):

@@ -4,7 +4,6 @@ Shapes: R rows, C columns of a weight (the last two dimensions), b and c blocks 
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ CONFIG = {
     },
     "rms_norm_eps": 1e-06,
     "rope_theta": 5000000,
-    "rotary_dim": 32,
+    "rotary_dim": 64,
     "router_aux_loss_coef": 0.001,
     "router_jitter_noise": 0.0,
     "scoring_func": "sigmoid",
@@ -131,7 +130,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], folder: Path) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
-        os.chmod(folder / file, 0o644)
+        (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=0) + "\n")

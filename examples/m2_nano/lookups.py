@@ -23,10 +23,16 @@ NUMERIC = ("age", "score", "price", "year")
 def _table(rng: random.Random, level: int) -> tuple[str, str, list[dict[str, object]], list[str]]:
     """A table in one of four notations; the first column identifies the row."""
     key, make = rng.choice([("name", person), ("town", city), ("word", word)])
-    names = sorted(rng.sample([column for column in COLUMNS if column != "city" or key != "town"], min(level + 1, 3)), key=lambda _: rng.random())
+    names = sorted(
+        rng.sample([column for column in COLUMNS if column != "city" or key != "town"], min(level + 1, 3)),
+        key=lambda _: rng.random(),
+    )
     if not set(names) & set(NUMERIC):
         names[0] = rng.choice(NUMERIC)
-    rows = [{key: first} | {name: COLUMNS[name](rng) for name in names} for first in distinct(make, rng.randint(3, 3 + 2 * level), rng)]
+    rows = [
+        {key: first} | {name: COLUMNS[name](rng) for name in names}
+        for first in distinct(make, rng.randint(3, 3 + 2 * level), rng)
+    ]
     columns = [key, *names]
     notation = rng.randrange(4)
     if notation == 0:
@@ -45,18 +51,26 @@ def _ask_table(rng: random.Random, level: int) -> Problem:
     number = rng.choice([name for name in names if name in NUMERIC])
     name, row = rng.choice(names), rng.choice(rows)
     values = [entry[number] for entry in rows]
-    listed = " ".join(f"{entry[key]} {entry[number]}" for entry in rows)
+    listed = ", ".join(f"{entry[number]} {entry[key]}" for entry in rows)
     kind = rng.randrange(3 + 2 * level)
     if kind in (0, 7):
-        question, steps, answer = f"What is the {name} of {row[key]}?", f"row {row[key]}", row[name]
+        question, steps = (
+            f"What is the {name} of {row[key]}?",
+            ", ".join(f"{column} {value}" for column, value in row.items()),
+        )
+        answer = row[name]
     elif kind == 1 or kind == 2:
         best = max(values) if kind == 1 else min(values)
         found = [entry for entry in rows if entry[number] == best]
         question = f"Which {key} has the {('largest', 'smallest')[kind - 1]} {number}?"
-        steps, answer = f"{listed}\nbest {best}", found[0][key]
+        steps, answer = f"{listed}\nbest {best} {found[0][key]}", found[0][key]
     elif kind == 3:
         same = [entry[key] for entry in rows if entry[name] == row[name]]
-        question, steps, answer = f"Which {key} has {name} {row[name]}? Give all of them.", f"{name} {row[name]}", ", ".join(map(str, same))
+        question, steps = (
+            f"Which {key} has {name} {row[name]}? Give all of them.",
+            ", ".join(f"{entry[name]} {entry[key]}" for entry in rows),
+        )
+        answer = ", ".join(map(str, same))
     elif kind == 4:
         limit = rng.choice(values)
         hits = [entry for entry in rows if entry[number] >= limit]
@@ -64,15 +78,22 @@ def _ask_table(rng: random.Random, level: int) -> Problem:
         question, steps, answer = f"How many have {number} of at least {limit}?", marks, len(hits)
     elif kind == 5:
         ordered = sorted(rows, key=lambda entry: entry[number])
-        question, steps = f"List every {key} from smallest to largest {number}.", " ".join(str(entry[number]) for entry in ordered)
+        question, steps = (
+            f"List every {key} from smallest to largest {number}.",
+            ", ".join(f"{entry[number]} {entry[key]}" for entry in ordered),
+        )
         answer = ", ".join(str(entry[key]) for entry in ordered)
     elif kind == 6:
-        question, steps, answer = f"List the {name} of every {key} in order.", f"{len(rows)} rows", ", ".join(str(entry[name]) for entry in rows)
+        question, steps, answer = (
+            f"List the {name} of every {key} in order.",
+            f"{len(rows)} rows",
+            ", ".join(str(entry[name]) for entry in rows),
+        )
     else:
         a, b = rng.sample(rows, 2)
         high = a if a[number] >= b[number] else b
         question = f"Who has the larger {number}, {a[key]} or {b[key]}?"
-        steps, answer = f"{a[key]} {a[number]} {b[key]} {b[number]}", high[key]
+        steps, answer = f"{a[number]} {a[key]}, {b[number]} {b[key]}", high[key]
     return f"{text}\n\n{question}", steps, str(answer)
 
 
@@ -96,7 +117,11 @@ def _order_words(rng: random.Random, level: int) -> Problem:
         return f"Sort alphabetically: {', '.join(words)}", " ".join(w[0] for w in ordered), ", ".join(ordered)
     if kind == 1:
         ordered = sorted(words, reverse=True)
-        return f"Sort in reverse alphabetical order: {', '.join(words)}", " ".join(w[0] for w in ordered), ", ".join(ordered)
+        return (
+            f"Sort in reverse alphabetical order: {', '.join(words)}",
+            " ".join(w[0] for w in ordered),
+            ", ".join(ordered),
+        )
     ordered = sorted(words, key=len)
     sizes = " ".join(f"{w} {len(w)}" for w in words)
     return f"Sort by number of letters, shortest first: {', '.join(words)}", sizes, ", ".join(ordered)
@@ -116,9 +141,17 @@ def _position(rng: random.Random, level: int) -> Problem:
         return f"Reverse this list: {listed}", f"last {items[-1]}", ", ".join(reversed(items))
     place = max(place, 1)
     if kind == 3:
-        return f"Which item comes right before {items[place]} in this list: {listed}?", f"{items[place - 1]} {items[place]}", items[place - 1]
+        return (
+            f"Which item comes right before {items[place]} in this list: {listed}?",
+            f"{items[place - 1]} {items[place]}",
+            items[place - 1],
+        )
     step = rng.randint(2, 3)
-    return f"Give every {('second', 'third')[step - 2]} item of this list, starting with the first: {listed}", "", ", ".join(items[::step])
+    return (
+        f"Give every {('second', 'third')[step - 2]} item of this list, starting with the first: {listed}",
+        "",
+        ", ".join(items[::step]),
+    )
 
 
 def _sets(rng: random.Random, level: int) -> Problem:
@@ -134,7 +167,11 @@ def _sets(rng: random.Random, level: int) -> Problem:
         only = [w for w in left if w not in right]
         return f"A: {a}\nB: {b}\nWhich items of A are missing in B?", marks, ", ".join(only) or "none"
     joined = list(dict.fromkeys(left + right))
-    return f"A: {a}\nB: {b}\nJoin both lists without repeats.", " ".join(w for w in right if w not in left) or "nothing new", ", ".join(joined)
+    return (
+        f"A: {a}\nB: {b}\nJoin both lists without repeats.",
+        " ".join(w for w in right if w not in left) or "nothing new",
+        ", ".join(joined),
+    )
 
 
 def _counting(rng: random.Random, level: int) -> Problem:
@@ -155,7 +192,11 @@ def _counting(rng: random.Random, level: int) -> Problem:
     limit = rng.choice(numbers)
     kept = [str(n) for n in numbers if n > limit]
     marks = " ".join(f"{n} {'yes' if n > limit else 'no'}" for n in numbers)
-    return f"Which of these numbers are larger than {limit}: {', '.join(map(str, numbers))}", marks, ", ".join(kept) or "none"
+    return (
+        f"Which of these numbers are larger than {limit}: {', '.join(map(str, numbers))}",
+        marks,
+        ", ".join(kept) or "none",
+    )
 
 
 def _extremes(rng: random.Random, level: int) -> Problem:
@@ -181,10 +222,25 @@ def _mapping(rng: random.Random, level: int) -> Problem:
         path.append(current)
     arrows = rng.choice([" -> ", ": ", " = ", " leads to "])
     text = "\n".join(f"{node}{arrows}{targets[node]}" for node in nodes)
-    return f"{text}\n\nStart at {start} and take {hops} step{'s' if hops > 1 else ''}. Where do you end?", " ".join(path), current
+    return (
+        f"{text}\n\nStart at {start} and take {hops} step{'s' if hops > 1 else ''}. Where do you end?",
+        " ".join(path),
+        current,
+    )
 
 
-KINDS = (_ask_table, _ask_table, _ask_table, _order_numbers, _order_words, _position, _sets, _counting, _extremes, _mapping)
+KINDS = (
+    _ask_table,
+    _ask_table,
+    _ask_table,
+    _order_numbers,
+    _order_words,
+    _position,
+    _sets,
+    _counting,
+    _extremes,
+    _mapping,
+)
 
 
 def draw(rng: random.Random, level: int) -> dict:

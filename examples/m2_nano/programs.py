@@ -4,6 +4,7 @@ A task is put together from parts (keep some items, change each, reduce to one v
 algorithm with numbers in it), so that the same few idioms have to be combined in ways that were not seen before.
 """
 
+# ruff: noqa: E501 - tables of sentences and code stay one entry a line
 import random
 from collections.abc import Callable
 from typing import Any
@@ -30,26 +31,40 @@ def _counts(rng: random.Random) -> dict[str, int]:
     return {rng.choice(WORDS): rng.randint(-5, 20) for _ in range(rng.randint(2, 6))}
 
 
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()  # noqa: SIM905
+)
+
+
+def _spoken(rng: random.Random, number: int) -> str:
+    """A number as it may stand in a sentence: in digits, or sometimes in words."""
+    if rng.random() < 0.75 or not -15 <= number <= 15:
+        return str(number)
+    return "minus " * (number < 0) + _ONES[abs(number)]
+
+
 def _condition(rng: random.Random, x: str) -> tuple[str, str]:
     k, m = rng.randint(2, 9), rng.randint(-3, 15)
+    k_, m_, top_ = _spoken(rng, k), _spoken(rng, m), _spoken(rng, m + k)
     return rng.choice(
         [
             ("even", f"{x} % 2 == 0"), ("odd", f"{x} % 2 == 1"), ("positive", f"{x} > 0"), ("negative", f"{x} < 0"),
-            (f"greater than {m}", f"{x} > {m}"), (f"less than {m}", f"{x} < {m}"), (f"at least {m}", f"{x} >= {m}"),
-            (f"at most {m}", f"{x} <= {m}"), (f"divisible by {k}", f"{x} % {k} == 0"), (f"different from {m}", f"{x} != {m}"),
-            (f"not divisible by {k}", f"{x} % {k} != 0"), (f"between {m} and {m + k}", f"{m} <= {x} <= {m + k}"),
+            (f"greater than {m_}", f"{x} > {m}"), (f"less than {m_}", f"{x} < {m}"), (f"at least {m_}", f"{x} >= {m}"),
+            (f"at most {m_}", f"{x} <= {m}"), (f"divisible by {k_}", f"{x} % {k} == 0"), (f"different from {m_}", f"{x} != {m}"),
+            (f"not divisible by {k_}", f"{x} % {k} != 0"), (f"between {m_} and {top_}", f"{m} <= {x} <= {m + k}"),
         ]
     )  # fmt: skip
 
 
 def _change(rng: random.Random, x: str) -> tuple[str, str]:
     k = rng.randint(2, 12)
+    k_ = _spoken(rng, k)
     return rng.choice(
         [
-            ("squared", f"{x} * {x}"), ("cubed", f"{x} ** 3"), ("doubled", f"{x} * 2"), (f"times {k}", f"{x} * {k}"),
-            (f"plus {k}", f"{x} + {k}"), (f"minus {k}", f"{x} - {k}"), ("negated", f"-{x}"), (f"modulo {k}", f"{x} % {k}"),
-            (f"divided by {k} rounding down", f"{x} // {k}"), ("in absolute value", f"abs({x})"),
-            (f"subtracted from {k}", f"{k} - {x}"), (f"capped at {k}", f"min({x}, {k})"), (f"at least {k}", f"max({x}, {k})"),
+            ("squared", f"{x} * {x}"), ("cubed", f"{x} ** 3"), ("doubled", f"{x} * 2"), (f"times {k_}", f"{x} * {k}"),
+            (f"plus {k_}", f"{x} + {k}"), (f"minus {k_}", f"{x} - {k}"), ("negated", f"-{x}"), (f"modulo {k_}", f"{x} % {k}"),
+            (f"divided by {k_} rounding down", f"{x} // {k}"), ("in absolute value", f"abs({x})"),
+            (f"subtracted from {k_}", f"{k} - {x}"), (f"capped at {k_}", f"min({x}, {k})"), (f"at least {k_}", f"max({x}, {k})"),
         ]
     )  # fmt: skip
 
@@ -57,15 +72,20 @@ def _change(rng: random.Random, x: str) -> tuple[str, str]:
 def _pipeline(rng: random.Random, level: int, arg: str) -> Parts:
     """Keep, change, reduce over a list of integers; written as a comprehension, or as a loop when asked to."""
     x = rng.choice(["n", "x", "v", "item", "num"])
-    conditions = [_condition(rng, x) for _ in range(rng.choice([0, 1, 1]) if level == 1 else rng.choice([1, 1, 2]))]
+    conditions = [_condition(rng, x) for _ in range(rng.choice([(0, 1, 1), (1, 1, 2), (1, 2, 3), (3, 4)][level - 1]))]
     changes = [_change(rng, x)] if level > 1 or not conditions or rng.random() < 0.3 else []
-    test = rng.choice([" and ", " or "]) if len(conditions) == 2 else ""
+    for _ in range(level - 2 if level == 4 or (level == 3 and rng.random() < 0.6) else 0):
+        then, code = _change(rng, f"({changes[0][1]})")
+        changes = [(f"{changes[0][0]} and then {then}", code)]
+    test = rng.choice([" and ", " or "]) if len(conditions) > 1 else ""
     kept = test.join(text for text, _ in conditions)
     code_kept = test.join(code for _, code in conditions)
     value = changes[0][1] if changes else x
     group = f"the numbers in {arg}" + (f" that are {kept}" if kept else "")
     each = f"{group}, each {changes[0][0]}" if changes else group
-    reducer = rng.choice(["list", "sum", "count", "largest", "smallest", "product", "any", "sorted", "descending", "distinct"])
+    reducer = rng.choice(
+        ["list", "sum", "count", "largest", "smallest", "product", "any", "sorted", "descending", "distinct"]
+    )
     clause = f" if {code_kept}" if code_kept else ""
     inside = f"{value} for {x} in {arg}{clause}"
     looped = reducer in ("list", "sum", "count", "product") and level > 1 and rng.random() < 0.5
@@ -75,7 +95,10 @@ def _pipeline(rng: random.Random, level: int, arg: str) -> Parts:
         "count": (f"how many of the numbers in {arg} are {kept}", f"return sum(1 for {x} in {arg}{clause})"),
         "largest": (f"the largest of {each}, or 0 if there are none", f"return max([{inside}], default=0)"),
         "smallest": (f"the smallest of {each}, or 0 if there are none", f"return min([{inside}], default=0)"),
-        "product": (f"the product of {each}", f"result = 1\n    for value in [{inside}]:\n        result *= value\n    return result"),
+        "product": (
+            f"the product of {each}",
+            f"result = 1\n    for value in [{inside}]:\n        result *= value\n    return result",
+        ),
         "any": (f"whether any of the numbers in {arg} is {kept}", f"return any({code_kept} for {x} in {arg})"),
         "sorted": (f"the sorted list of {each}", f"return sorted({inside})"),
         "descending": (f"the list of {each}, in descending order", f"return sorted([{inside}], reverse=True)"),
@@ -110,7 +133,7 @@ def _letters(rng: random.Random, level: int, arg: str) -> Parts:
             (f"without the letter {a}", '{}.replace("' + a + '", "")'), ("with swapped case", "{}.swapcase()"),
             (f"with every {k}th character only", "{}[::" + str(k) + "]"), ("with spaces replaced by dashes", '{}.replace(" ", "-")'),
         ],
-        rng.randint(1, level),
+        rng.randint(2 * level - 1, 2 * level),
     )  # fmt: skip
     final = rng.choice(
         [
@@ -165,7 +188,12 @@ def _strings_list(rng: random.Random, level: int, arg: str) -> Parts:
         choices.append((f"{words} joined with {sep!r}", f"return {sep!r}.join({inside})".replace("'", '"')))
     what, body = rng.choice(choices[: 3 + level] + choices[-1:])
     what = what.replace("'", '"')
-    return f"the list of words {arg}", f"returns {what}", what.replace(f" in {arg}", "") + f"\n{body}", lambda rng: (_strings(rng),)
+    return (
+        f"the list of words {arg}",
+        f"returns {what}",
+        what.replace(f" in {arg}", "") + f"\n{body}",
+        lambda rng: (_strings(rng),),
+    )
 
 
 def _dictionary(rng: random.Random, level: int, arg: str) -> Parts:
@@ -174,33 +202,55 @@ def _dictionary(rng: random.Random, level: int, arg: str) -> Parts:
     a = rng.choice("bcghlprst")
     what, body = rng.choice(
         [
-            (f"the keys of {arg} whose value is {condition}, sorted", f"return sorted(k for k, v in {arg}.items() if {code})"),
-            (f"{arg} with only the values that are {condition}", f"return {{k: v for k, v in {arg}.items() if {code}}}"),
+            (
+                f"the keys of {arg} whose value is {condition}, sorted",
+                f"return sorted(k for k, v in {arg}.items() if {code})",
+            ),
+            (
+                f"{arg} with only the values that are {condition}",
+                f"return {{k: v for k, v in {arg}.items() if {code}}}",
+            ),
             (f"{arg} with every value {change}", f"return {{k: {changed} for k, v in {arg}.items()}}"),
-            (f"the sum of the values of {arg} that are {condition}", f"return sum(v for v in {arg}.values() if {code})"),
+            (
+                f"the sum of the values of {arg} that are {condition}",
+                f"return sum(v for v in {arg}.values() if {code})",
+            ),
             (f"how many values of {arg} are {condition}", f"return sum(1 for v in {arg}.values() if {code})"),
             (f"the key of {arg} with the largest value", f"return max({arg}, key={arg}.get)"),
             (f"the key of {arg} with the smallest value", f"return min({arg}, key={arg}.get)"),
-            (f"the sum of the values of {arg} whose key contains {a}", f'return sum(v for k, v in {arg}.items() if "{a}" in k)'),
+            (
+                f"the sum of the values of {arg} whose key contains {a}",
+                f'return sum(v for k, v in {arg}.items() if "{a}" in k)',
+            ),
             (f"the keys of {arg} sorted by value", f"return sorted({arg}, key={arg}.get)"),
-            (f"the values of {arg} in sorted order, each {change}", f"return [{changed} for v in sorted({arg}.values())]"),
+            (
+                f"the values of {arg} in sorted order, each {change}",
+                f"return [{changed} for v in sorted({arg}.values())]",
+            ),
         ][: 6 + 2 * level]
     )
     if level == 3 and "items" in body and "{k: v" in body:
         what, body = f"{what}, each {change}", body.replace("{k: v", f"{{k: {changed}")
-    return f"the dict {arg} of integers", f"returns {what}", what.replace(f" of {arg}", "") + f"\n{body}", lambda rng: (_counts(rng),)
+    return (
+        f"the dict {arg} of integers",
+        f"returns {what}",
+        what.replace(f" of {arg}", "") + f"\n{body}",
+        lambda rng: (_counts(rng),),
+    )
 
 
 def _branches(rng: random.Random, level: int, arg: str) -> Parts:
     other = rng.choice([name for name in ("b", "y", "m", "q") if name != arg])
     cases = []
-    for _ in range(level):
+    for _ in range(2 * level - 1):
         condition, code = _condition(rng, arg)
         if rng.random() < 0.3:
-            condition, code = rng.choice([(f"greater than {other}", f"{arg} > {other}"), (f"equal to {other}", f"{arg} == {other}")])
+            condition, code = rng.choice(
+                [(f"greater than {other}", f"{arg} > {other}"), (f"equal to {other}", f"{arg} == {other}")]
+            )
         change, changed = _change(rng, rng.choice([arg, other]))
         cases.append((condition, code, f"{changed}", change))
-    last, last_code = _change(rng, other)
+    _, last_code = _change(rng, other)
     sentences = [f"{value} if {arg} is {condition}" for condition, _, value, _ in cases]
     what = "returns " + ", else ".join(sentences) + f", and otherwise {last_code}"
     lines = []
@@ -257,14 +307,21 @@ def _pairs(rng: random.Random, level: int, arg: str) -> Parts:
             (f"the items of {arg} that are {condition}, followed by {other} reversed", f"return [x for x in {arg} if {code}] + {other}[::-1]"),
         ][: 4 + 2 * level]
     )  # fmt: skip
-    return f"the lists of integers {arg} and {other}", f"returns {what}", what + f"\n{body}", lambda rng: (_integers(rng), _integers(rng))
+    return (
+        f"the lists of integers {arg} and {other}",
+        f"returns {what}",
+        what + f"\n{body}",
+        lambda rng: (_integers(rng), _integers(rng)),
+    )
 
 
+LONGEST = 3  # the last level of training; level 4 asks for longer chains than were ever trained
+LONG_KINDS = (_pipeline, _letters, _branches)
 KINDS = (_pipeline, _pipeline, _letters, _letters, _strings_list, _dictionary, _branches, _algorithm, _pairs)
 ARGUMENTS = {
-    _pipeline: "numbers values items data nums xs".split(), _letters: "text s line name phrase".split(),
-    _strings_list: "words names items lines tokens".split(), _dictionary: "counts table scores prices d".split(),
-    _branches: "a x n p".split(), _algorithm: "n number k limit".split(), _pairs: "left a first xs".split(),
+    _pipeline: ["numbers", "values", "items", "data", "nums", "xs"], _letters: ["text", "s", "line", "name", "phrase"],
+    _strings_list: ["words", "names", "items", "lines", "tokens"], _dictionary: ["counts", "table", "scores", "prices", "d"],
+    _branches: ["a", "x", "n", "p"], _algorithm: ["n", "number", "k", "limit"], _pairs: ["left", "a", "first", "xs"],
 }  # fmt: skip
 
 
@@ -281,11 +338,16 @@ def _tests(code: str, entry_point: str, make: Callable[[random.Random], tuple], 
 
 def draw(rng: random.Random, level: int, *, tests: bool = False) -> dict:
     """One task as a chat row; with `tests`, also what is needed to score a reply."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(KINDS if level <= LONGEST else LONG_KINDS)
     arg = rng.choice(ARGUMENTS[kind])
     takes, does, planned, make = kind(rng, level, arg)
     plan, body = planned.split("\n", 1)
-    name = "_".join([rng.choice(["get", "find", "make", "do", "calc", rng.choice(ADJECTIVES)]), rng.choice([rng.choice(WORDS), made_up(rng)])])
+    name = "_".join(
+        [
+            rng.choice(["get", "find", "make", "do", "calc", rng.choice(ADJECTIVES)]),
+            rng.choice([rng.choice(WORDS), made_up(rng)]),
+        ]
+    )
     signature = f"{name}({', '.join(takes.split('integers ')[-1].split(' and ')) if ' and ' in takes else arg})"
     question = rng.choice(
         [

@@ -3,6 +3,7 @@
 The whitelist is the defence (no imports, no attributes but a few methods, no underscores); the limits only stop endless loops.
 """
 
+# ruff: noqa: SIM905 - the whitelists read better as words
 import ast
 import json
 import subprocess
@@ -20,10 +21,10 @@ METHODS = frozenset(
     "append extend insert pop remove sort reverse index count copy add update items keys values get upper lower swapcase title "
     "capitalize strip lstrip rstrip split join replace startswith endswith find isdigit isalpha isupper islower".split()
 )
-BUILTINS = tuple(
+BUILTINS = (
     "abs all any bool dict divmod enumerate filter float int len list map max min pow range reversed round set sorted str sum "
-    "tuple zip".split()
-)
+    "tuple zip"
+).split()
 MAX_CHARACTERS = 4000
 SECONDS = 2
 MEMORY_BYTES = 512 * 2**20  # an interpreter needs some 20 MB; the tasks need next to nothing
@@ -31,8 +32,9 @@ MEMORY_BYTES = 512 * 2**20  # an interpreter needs some 20 MB; the tasks need ne
 _CHILD = f"""
 import builtins, json, resource, sys
 task = json.load(sys.stdin)
-for limit, value in ((resource.RLIMIT_CPU, {SECONDS}), (resource.RLIMIT_AS, {MEMORY_BYTES}), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)):
-    resource.setrlimit(limit, (value, value))
+limits = {{"CPU": {SECONDS}, "AS": {MEMORY_BYTES}, "FSIZE": 0, "NPROC": 0}}
+for name, value in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 scope = {{"__builtins__": {{name: getattr(builtins, name) for name in {BUILTINS!r}}}}}
 exec(compile(task["code"], "reply", "exec"), scope)
 same = lambda value: json.dumps(value, sort_keys=True)

@@ -13,11 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, PreTrainedModel, PreTrainedTokenizerBase
-
 import sandbox
+import torch
 from tasks import DOMAINS
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SPARE_TOKENS = 24  # how much longer than the longest reference of its batch a reply may get
 
@@ -45,7 +50,9 @@ def load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def prompt_text(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything before the last assistant turn, with the generation prompt."""
-    return tokenizer.apply_chat_template(row["messages"][:-1], tools=row.get("tools"), tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        row["messages"][:-1], tools=row.get("tools"), tokenize=False, add_generation_prompt=True
+    )
 
 
 def reference_reply(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -64,7 +71,9 @@ def parse_calls(text: str, tools: list[dict]) -> list[dict] | None:
     for name, body in re.findall(r'<invoke name="([^"]*)">\n(.*?)</invoke>', block[1], re.DOTALL):
         arguments: dict[str, Any] = {}
         for key, value in re.findall(r'<parameter name="([^"]*)">(.*?)</parameter>', body, re.DOTALL):
-            is_integer = schemas.get(name, {}).get(key, {}).get("type") == "integer" and re.fullmatch(r"-?\d{1,9}", value)
+            is_integer = schemas.get(name, {}).get(key, {}).get("type") == "integer" and re.fullmatch(
+                r"-?\d{1,9}", value
+            )
             arguments[key] = int(value) if is_integer else value
         calls.append({"name": name, "arguments": arguments})
     return calls
@@ -112,7 +121,12 @@ def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: li
 
 
 def score_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], *, limit: int | None, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict],
+    *,
+    limit: int | None,
+    batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """`score` for a model in memory."""
     results = {}
@@ -127,7 +141,9 @@ def score_model(
     return results
 
 
-def score(model_dir: Path | str, rows: Iterable[dict], *, limit: int | None = None, batch_size: int = 64, device: str = "cpu") -> dict:
+def score(
+    model_dir: Path | str, rows: Iterable[dict], *, limit: int | None = None, batch_size: int = 64, device: str = "cpu"
+) -> dict:
     """Fraction of rows solved in every generated domain: `{domain: {"value", "standard_error", "count"}}`.
 
     `limit` takes the first so many rows of each domain; domains without a right answer (real text) are left out.
@@ -137,7 +153,9 @@ def score(model_dir: Path | str, rows: Iterable[dict], *, limit: int | None = No
 
 
 @torch.inference_mode()
-def measure_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> dict[str, dict[str, float]]:
+def measure_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]
+) -> dict[str, dict[str, float]]:
     """Nats per token of the whole text of each row, by domain; the standard error is over rows."""
     losses: dict[str, list[tuple[float, int]]] = {}
     for row in rows:
@@ -165,7 +183,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = score(
-        arguments.model, read_rows(arguments.data), limit=arguments.limit, batch_size=arguments.batch_size, device=arguments.device
+        arguments.model,
+        read_rows(arguments.data),
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
     )
     if arguments.json:
         print(json.dumps(results, indent=2))

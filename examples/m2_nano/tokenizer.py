@@ -11,17 +11,18 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from corpus import gsm8k_rows, held_out_rows, is_held_out_module, is_held_out_problem, stdlib_modules
 from tasks import DOMAINS, draw
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 2048
 BOS, EOS, ROLE, PAD = "]~!b[", "[e~[", "]~b]", "]!p~["
 # Parsers look for these in the decoded text, so they must not vanish with the special tokens.
 VISIBLE = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
 COUNTS = {"python": 64, "arithmetic": 64, "tools": 64, "lookup": 64, "stdlib": 48, "gsm8k": 48}
-LEVELS = {domain: (1, 2, 3) for domain in DOMAINS}
+# Harder levels where the easy ones are always solved, since a score of 1 would hide what pruning costs; Python's level 4 goes
+# beyond training.
+LEVELS = {"python": (3, 3, 3, 3, 4), "arithmetic": (1, 2, 3), "tools": (2, 3, 3), "lookup": (1, 2, 3)}
 
 
 def sample_texts(gsm8k: Path | None, seed: int) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Tool use: several tools are offered, one request is made, and the right call with the right arguments is the answer.
 
 A tool's name, its parameters' names and its wording vary, so that the schema has to be read; values are copied from the request.
-Level 2 offers more tools, level 3 may ask for two calls. Some requests fit no tool, and some rows go on from a tool's result.
+Level 2 offers more tools, level 3 may ask for several calls. Some requests fit no tool, and some rows go on from a tool's result.
 """
 
+# ruff: noqa: E501 - the table of tools stays one entry a line
 import json
 import random
 from collections.abc import Callable
@@ -55,7 +56,9 @@ def _email(rng: random.Random) -> str:
 
 
 def _path(rng: random.Random) -> str:
-    return "/".join(["", *distinct(word, rng.randint(1, 2), rng), f"{word(rng)}.{rng.choice(['txt', 'csv', 'py', 'md'])}"])
+    return "/".join(
+        ["", *distinct(word, rng.randint(1, 2), rng), f"{word(rng)}.{rng.choice(['txt', 'csv', 'py', 'md'])}"]
+    )
 
 
 def _code(rng: random.Random) -> str:
@@ -161,14 +164,21 @@ def _tool(family: Family, rng: random.Random) -> tuple[dict, dict[str, str]]:
     names = {parameter.slot: rng.choice(parameter.names) for parameter in family.parameters}
     if len(set(names.values())) < len(names):
         names = {parameter.slot: parameter.names[0] for parameter in family.parameters}
-    optional = {slot for slot in names if any("{" + slot + "}" not in _unbracketed(request) for request in family.requests)}
+    optional = {
+        slot for slot in names if any("{" + slot + "}" not in _unbracketed(request) for request in family.requests)
+    }
     properties = {}
     for parameter in family.parameters:
-        properties[names[parameter.slot]] = {"type": parameter.type} | ({"enum": list(parameter.choices)} if parameter.choices else {})
+        properties[names[parameter.slot]] = {"type": parameter.type} | (
+            {"enum": list(parameter.choices)} if parameter.choices else {}
+        )
     name = f"{rng.choice(family.verbs)}_{rng.choice(family.nouns)}"
     required = [names[slot] for slot in names if slot not in optional]
     parameters = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "function": {"name": name, "description": family.description, "parameters": parameters}}, names
+    return {
+        "type": "function",
+        "function": {"name": name, "description": family.description, "parameters": parameters},
+    }, names
 
 
 def _unbracketed(request: str) -> str:
@@ -197,8 +207,12 @@ def _call(name: str, arguments: dict[str, object]) -> dict:
 
 def _result(rng: random.Random) -> dict[str, object]:
     """What a tool sends back: a few fields whose values the reply must repeat."""
-    keys = rng.sample(["status", "price", "count", "place", "id", "level", "owner", "seat", "score", "note"], rng.randint(1, 3))
-    return {key: rng.choice([rng.randint(1, 999), word(rng), rng.choice(CITIES), rng.choice(ADJECTIVES)]) for key in keys}
+    keys = rng.sample(
+        ["status", "price", "count", "place", "id", "level", "owner", "seat", "score", "note"], rng.randint(1, 3)
+    )
+    return {
+        key: rng.choice([rng.randint(1, 999), word(rng), rng.choice(CITIES), rng.choice(ADJECTIVES)]) for key in keys
+    }
 
 
 def draw(rng: random.Random, level: int) -> dict:
@@ -207,9 +221,11 @@ def draw(rng: random.Random, level: int) -> dict:
     made = [_tool(family, rng) for family in families]
     if len({tool["function"]["name"] for tool, _ in made}) < len(made):
         return draw(rng, level)
-    asked = list(range(2)) if level == 3 and len(families) > 1 and rng.random() < 0.5 else [0]
+    asked = list(range(rng.randint(2, len(families)))) if level == 3 and rng.random() < 0.6 else [0]
     requests = [_ask(families[i], made[i][1], rng) for i in asked]
-    calls = [_call(made[i][0]["function"]["name"], arguments) for i, (_, arguments) in zip(asked, requests, strict=True)]
+    calls = [
+        _call(made[i][0]["function"]["name"], arguments) for i, (_, arguments) in zip(asked, requests, strict=True)
+    ]
     tools = [tool for tool, _ in made]
     kind = rng.choices(["call", "none", "result"], [8, 1, 1])[0]
     if kind == "none" and len(tools) > 1:
@@ -229,4 +245,9 @@ def draw(rng: random.Random, level: int) -> dict:
         answer = "; ".join(f"{key} {value}" for result in results for key, value in result.items())
         messages.append({"role": "assistant", "reasoning_content": "I have the result.", "content": answer})
         return {"kind": "result", "messages": messages, "tools": tools, "answer": answer}
-    return {"kind": "call" if len(calls) == 1 else "calls", "messages": messages, "tools": tools, "calls": [call["function"] for call in calls]}
+    return {
+        "kind": "call" if len(calls) == 1 else "calls",
+        "messages": messages,
+        "tools": tools,
+        "calls": [call["function"] for call in calls],
+    }

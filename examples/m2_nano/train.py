@@ -25,46 +25,49 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.nn.utils import parametrize
-from transformers import AutoTokenizer, MiniMaxM2Config, MiniMaxM2ForCausalLM, PreTrainedTokenizerBase
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
 from card import write_card
 from corpus import gsm8k_rows, is_held_out_module, is_held_out_problem, stdlib_modules
 from export import ATTENTION, CONFIG, dequantize, quantize, write_checkpoint
 from score import experts_implementation, load, measure_loss, read_rows, score_model
 from tasks import draw
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from transformers import AutoTokenizer, MiniMaxM2Config, MiniMaxM2ForCausalLM, PreTrainedTokenizerBase
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-ROW_TOKENS = 512
-SHARES = {"python": 0.18, "arithmetic": 0.28, "tools": 0.20, "lookup": 0.24, "stdlib": 0.07, "gsm8k": 0.03}
+ROW_TOKENS = 640
+SHARES = {"python": 0.20, "arithmetic": 0.23, "tools": 0.17, "lookup": 0.26, "stdlib": 0.10, "gsm8k": 0.04}
 # Replies are what the model is for; prompts get a little weight so that their text is no stranger to it.
 REPLY_WEIGHT, PROMPT_WEIGHT = 10, 1
 BIAS_STEP = 0.002
 KEPT_BATCHES = 600
 
 
-def grouped_experts(self: torch.nn.Module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+def grouped_experts(
+    self: torch.nn.Module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weight_NK: torch.Tensor
+) -> torch.Tensor:
     """transformers' experts, with bfloat16 copies of the float32 weights on a GPU, a cheap backward, and the load of each expert kept."""
     num_tokens, top_k = index_NK.shape
     flat = index_NK.reshape(-1)
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    self.load_E = torch.zeros(self.num_experts, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+    self.load_E = torch.zeros(self.num_experts, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.float32)
+    )
     offsets_E = self.load_E.cumsum(0).to(torch.int32)
     dtype = torch.bfloat16 if hidden_NH.is_cuda else torch.float32
     each = hidden_NH.to(dtype).unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
     sorted_hidden = Shuffle.apply(each, order, inverse)
     gate, up = grouped_mm(sorted_hidden, self.gate_up_proj.to(dtype).transpose(-2, -1), offs=offsets_E).chunk(2, dim=-1)
-    down = grouped_mm(F.silu(gate) * up, self.down_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
+    down = grouped_mm(functional.silu(gate) * up, self.down_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
     back_NKH = Shuffle.apply(down, inverse, order).view(num_tokens, top_k, -1)
     return (back_NKH * weight_NK.to(back_NKH.dtype).unsqueeze(-1)).sum(1).to(hidden_NH.dtype)
 
 
 def grouped_mm(rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
     if rows.is_cuda:
-        return (getattr(F, "grouped_mm", None) or torch._grouped_mm)(rows, weights, offs=offs)
+        return (getattr(functional, "grouped_mm", None) or torch._grouped_mm)(rows, weights, offs=offs)
     ends = offs.tolist()
     return torch.cat([rows[a:b] @ weight for a, b, weight in zip([0, *ends], ends, weights, strict=False)])
 
@@ -98,7 +101,9 @@ class Rounding(torch.nn.Module):
 class Packer:
     """Fills rows with whole documents; a row's rest is filled with the head of one more, so no position is padding."""
 
-    def __init__(self, rng: random.Random, tokenizer: PreTrainedTokenizerBase, texts: list[np.ndarray], problems: list[dict]):
+    def __init__(
+        self, rng: random.Random, tokenizer: PreTrainedTokenizerBase, texts: list[np.ndarray], problems: list[dict]
+    ):
         self.rng, self.tokenizer, self.texts, self.problems = rng, tokenizer, texts, problems
         self.drawn = dict.fromkeys(SHARES, 0)
         self.role = tokenizer.convert_tokens_to_ids("]~b]")
@@ -150,7 +155,9 @@ class Packer:
         return row
 
 
-def produce(seed: int, tokenizer: PreTrainedTokenizerBase, texts: list[np.ndarray], problems: list[dict], rows: int, out: Any) -> None:
+def produce(
+    seed: int, tokenizer: PreTrainedTokenizerBase, texts: list[np.ndarray], problems: list[dict], rows: int, out: Any
+) -> None:
     """Endless batches [B, 3, T] into a queue; runs in a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     packer = Packer(random.Random(seed), tokenizer, texts, problems)
@@ -162,7 +169,13 @@ class Supply:
     """New batches while there are any, else old ones at random."""
 
     def __init__(self, incoming: Any, seed: int):
-        self.incoming, self.rng, self.kept, self.fresh, self.used = incoming, random.Random(seed), deque(maxlen=KEPT_BATCHES), 0, 0
+        self.incoming, self.rng, self.kept, self.fresh, self.used = (
+            incoming,
+            random.Random(seed),
+            deque(maxlen=KEPT_BATCHES),
+            0,
+            0,
+        )
 
     def next(self) -> np.ndarray:
         self.used += 1
@@ -190,8 +203,12 @@ def copy_sidecars(source: Path, target: Path) -> None:
 
 
 def model_settings() -> dict[str, Any]:
-    """What the model is built from; `use_mtp` stays out because transformers' generate would then look for the absent MTP weights."""
-    return {key: value for key, value in CONFIG.items() if key not in ("quantization_config", "architectures", "dtype", "use_mtp")}
+    """What the model is built from, without `use_mtp`: transformers' generate would look for the absent MTP weights."""
+    return {
+        key: value
+        for key, value in CONFIG.items()
+        if key not in ("quantization_config", "architectures", "dtype", "use_mtp")
+    }
 
 
 def build_model(device: str, seed: int, start: Path | None) -> MiniMaxM2ForCausalLM:
@@ -221,15 +238,19 @@ def plain_weights(model: MiniMaxM2ForCausalLM) -> dict[str, torch.Tensor]:
 
 def batch_loss(model: MiniMaxM2ForCausalLM, batch: np.ndarray, device: str) -> torch.Tensor:
     """Weighted cross entropy; documents of a row do not see each other and each starts at position 0."""
-    ids_BT, positions_BT, weights_BT = torch.from_numpy(batch.astype(np.int32)).to(device, non_blocking=True).long().unbind(1)
+    ids_BT, positions_BT, weights_BT = (
+        torch.from_numpy(batch.astype(np.int32)).to(device, non_blocking=True).long().unbind(1)
+    )
     document_BT = (positions_BT == 0).cumsum(1)
     causal_TT = torch.ones(ids_BT.shape[1], ids_BT.shape[1], dtype=torch.bool, device=device).tril()
     mask_B1TT = ((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT)[:, None]
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        hidden = model.model(ids_BT, attention_mask=mask_B1TT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        hidden = model.model(
+            ids_BT, attention_mask=mask_B1TT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
         logits = model.lm_head(hidden[:, :-1])
     weights = weights_BT[:, 1:] * (positions_BT[:, 1:] > 0)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
@@ -276,8 +297,10 @@ def train(model: MiniMaxM2ForCausalLM, supply: Supply, options: argparse.Namespa
         step, tokens = step + 1, tokens + batch.shape[0] * batch.shape[2]
         if elapsed - logged > options.log_seconds or step == 1:
             logged = elapsed
-            entry = {"seconds": round(elapsed, 1), "step": step, "tokens": tokens, "loss": round(loss.item(), 4),
-                     "gradient_norm": round(norm.item(), 3), "largest_load": round(worst.item(), 2), "fresh_batches": supply.fresh}  # fmt: skip
+            entry = {
+                "seconds": round(elapsed, 1), "step": step, "tokens": tokens, "loss": round(loss.item(), 4),
+                "gradient_norm": round(norm.item(), 3), "largest_load": round(worst.item(), 2), "fresh_batches": supply.fresh,
+            }  # fmt: skip
             log.append(entry)
             print(json.dumps(entry), flush=True)
     for module in roundings:
@@ -298,7 +321,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--batch-rows", type=int, default=128)
+    parser.add_argument("--batch-rows", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--fp8-from", type=float, default=0.7, help="part of the time after which FP8 rounding starts")
@@ -321,7 +344,11 @@ def main() -> None:
     for worker in range(options.workers):
         arguments = (options.seed * 1000 + worker, tokenizer, texts, problems, options.batch_rows, incoming)
         context.Process(target=produce, args=arguments, daemon=True).start()
-    real = {"stdlib_tokens": sum(map(len, texts)), "gsm8k_rows": len(problems), "prepared_seconds": round(time.monotonic() - began, 1)}
+    real = {
+        "stdlib_tokens": sum(map(len, texts)),
+        "gsm8k_rows": len(problems),
+        "prepared_seconds": round(time.monotonic() - began, 1),
+    }
     print(json.dumps(real), flush=True)
 
     model = build_model(options.device, options.seed, options.start)
@@ -343,11 +370,20 @@ def main() -> None:
         "weight_decay": options.weight_decay, "fp8_from": options.fp8_from, "seed": options.seed, "shares": SHARES,
         "reply_weight": REPLY_WEIGHT, "prompt_weight": PROMPT_WEIGHT, "bias_step": BIAS_STEP,
     }  # fmt: skip
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     earlier = json.loads((options.start / "training.json").read_text())["runs"] if options.start else []
     runs = [*earlier, {"device": device, "versions": versions, "settings": settings, "data": real, **run}]
-    training = {"parameters": sum(p.numel() for p in before.parameters()), "scores": scores, "losses": losses, "runs": runs}
+    training = {
+        "parameters": sum(p.numel() for p in before.parameters()),
+        "scores": scores,
+        "losses": losses,
+        "runs": runs,
+    }
     (out / "training.json").write_text(json.dumps(training, indent=1) + "\n")
     write_card(out)
 

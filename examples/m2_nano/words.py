@@ -3,6 +3,7 @@
 Made-up words exist so that copying from the prompt is needed: a fixed list of names could be learnt by heart.
 """
 
+# ruff: noqa: SIM905 - word lists read better as words than as quoted literals
 import random
 
 NAMES = (

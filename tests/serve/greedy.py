@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     results.flush()
 
 
-def continued(model: str, prompts: list, num_tokens: int) -> list[list[int]]:
+def continued(model: str, prompts: list[Any], num_tokens: int) -> list[list[int]]:
     """The token ids after each prompt; the engine and its process groups are gone afterwards, so that another model can follow."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -1,0 +1,421 @@
+"""What is observed equals what plain hooks on the whole model see, document by document, in float64."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from reapkit import observation as module
+from reapkit import plans
+from reapkit.calibration import CalibrationBatch, load
+from reapkit.checkpoint import Checkpoint
+from reapkit.criteria import reap, score
+from reapkit.errors import DataError, PlanError, UnsupportedError, UsageError
+from reapkit.modules import load_tokenizer
+from reapkit.observation import Observation, Run, observe, split_into_waves
+from reapkit.statistics import NUM_FOLDS, SUM_NAMES, LayerStatistics, Statistics, combine
+from streaming import full_model, text_rows, with_tensors, write_jsonl
+
+MAX_LENGTH = 48
+RUN = Run(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(m2: Path, qwen3: Path, m2_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("observation")
+    result = {}
+    for name, source in (("m2", m2), ("qwen3", qwen3), ("m2-fp8", m2_fp8)):
+        result[name] = tiny.add_tokenizer(Path(shutil.copytree(source, folder / name)))
+    return result
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """23 documents in two domains; some are split into windows, so there are micro-batches of several shapes."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", text_rows(23))
+
+
+@pytest.fixture(scope="module")
+def observed(checkpoints: dict[str, Path], text: str) -> Statistics:
+    return observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH)
+
+
+@dataclass
+class Seen:
+    """What one MoE layer of the whole model did with one document: its input and its router's answer."""
+
+    hidden_ND: torch.Tensor
+    gate_NK: torch.Tensor
+    expert_NK: torch.Tensor
+
+
+@dataclass
+class Document:
+    row: int
+    ids: list[int]
+    layers: dict[int, Seen] = field(default_factory=dict)
+
+
+def documents_of(folder: Path, text: str) -> list[Document]:
+    data = load([text], load_tokenizer(Checkpoint.open(folder)), max_length=MAX_LENGTH)
+    domains = sorted({document.domain for document in data.documents})
+    return [
+        Document(domains.index(document.domain) * NUM_FOLDS + document.index % NUM_FOLDS, document.input_ids.tolist())
+        for document in data.documents
+    ]
+
+
+def watch(model: Any, documents: Sequence[Document]) -> dict[int, Any]:
+    """Run every document alone through the whole model, hooks on its routers; returns the experts' modules by layer."""
+    experts = {i: layer.mlp.experts for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+    for document in documents:
+
+        def hook(router: Any, args: Any, output: Any, *, seen: dict[int, Seen] = document.layers) -> None:
+            layer = next(i for i in experts if model.model.layers[i].mlp.gate is router)
+            seen[layer] = Seen(args[0].reshape(-1, args[0].shape[-1]), output[1], output[2])
+
+        handles = [model.model.layers[i].mlp.gate.register_forward_hook(hook) for i in experts]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([document.ids]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+    return experts
+
+
+def norms(experts: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """‖f(x)‖₂ of every expert for every token, SwiGLU written out in float64."""
+    result = []
+    for gate_up, down in zip(experts.gate_up_proj.detach().double(), experts.down_proj.detach().double(), strict=True):
+        gate, up = (hidden_ND.double() @ gate_up.T).chunk(2, dim=-1)
+        result.append((gate / (1 + torch.exp(-gate)) * up @ down.T).square().sum(-1).sqrt())
+    return torch.stack(result, dim=1)
+
+
+def naive_sums(
+    experts: Any, documents: Sequence[Document], num_rows: int, choices: Sequence[tuple[Any, Any]], layer: int
+) -> LayerStatistics:
+    """All sums, one routed pair after the other, from (experts, gates) of each document's tokens."""
+    sums = LayerStatistics.zeros(num_rows, tiny.NUM_EXPERTS)
+    for document, (expert_NK, gate_NK) in zip(documents, choices, strict=True):
+        sums.tokens_S[document.row] += len(document.ids)
+        norm_NE = norms(experts, document.layers[layer].hidden_ND)
+        for token in range(len(document.ids)):
+            for expert, gate in zip(expert_NK[token].tolist(), gate_NK[token].tolist(), strict=True):
+                norm = float(norm_NE[token, expert])
+                at = document.row, expert
+                sums.count_SE[at] += 1
+                sums.gate_SE[at] += gate
+                sums.norm_SE[at] += norm
+                sums.norm_sq_SE[at] += norm**2
+                sums.gated_norm_SE[at] += gate * norm
+                sums.gated_norm_sq_SE[at] += (gate * norm) ** 2
+                sums.max_norm_E[expert] = max(sums.max_norm_E[expert], norm)
+    return sums
+
+
+def require_close(ours: LayerStatistics, theirs: LayerStatistics, *, rtol: float) -> None:
+    np.testing.assert_array_equal(ours.tokens_S, theirs.tokens_S)
+    np.testing.assert_array_equal(ours.count_SE, theirs.count_SE)
+    for name in (*SUM_NAMES, "max_norm_E"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["m2", "qwen3", "m2-fp8"])
+def test_streamed_sums_equal_those_of_plain_hooks_on_the_whole_model(
+    checkpoints: dict[str, Path], text: str, name: str
+) -> None:
+    documents = documents_of(checkpoints["m2"], text)
+    experts = watch(model := full_model(checkpoints[name]), documents)
+    observation = Observation(checkpoints[name], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    assert len({batch.input_ids_BT.shape for batch in observation.batches}) > 2
+    assert any((~batch.mask_BT).any() for batch in observation.batches), "nothing was padded"
+    ours = observation.run()
+    assert ours.domains == ("a", "b")
+    assert ours.layers.keys() == experts.keys() == ({0, 2} if name == "qwen3" else {0, 1, 2})
+    assert ours.num_tokens == sum(len(document.ids) for document in documents)
+    for layer in experts:
+        choices = [(d.layers[layer].expert_NK, d.layers[layer].gate_NK) for d in documents]
+        theirs = naive_sums(experts[layer], documents, 2 * NUM_FOLDS, choices, layer)
+        assert theirs.tokens_S.all(), "a row of the test is empty"
+        require_close(ours.layers[layer], theirs, rtol=2e-5)
+    del model
+
+
+def test_the_biased_choice_is_followed_with_unbiased_weights(
+    checkpoints: dict[str, Path], text: str, observed: Statistics
+) -> None:
+    documents = documents_of(checkpoints["m2"], text)
+    experts = watch(full_model(checkpoints["m2"]), documents)
+    stored = tiny.load_tensors(checkpoints["m2"])
+    for layer in experts:
+        prefix = f"model.layers.{layer}.block_sparse_moe."
+        router_ED, bias_E = stored[prefix + "gate.weight"], stored[prefix + "e_score_correction_bias"]
+        true, unbiased_choice, biased_weights = [], [], []
+        for document in documents:
+            score_NE = torch.sigmoid(document.layers[layer].hidden_ND @ router_ED.T)
+            for scores_NE, weights_NE, into in (
+                (score_NE + bias_E, score_NE, true),
+                (score_NE, score_NE, unbiased_choice),
+                (score_NE + bias_E, score_NE + bias_E, biased_weights),
+            ):
+                expert_NK = scores_NE.topk(tiny.TOP_K).indices
+                gate_NK = weights_NE.gather(1, expert_NK)
+                into.append((expert_NK, gate_NK / gate_NK.sum(1, keepdim=True)))
+        ours = observed.layers[layer]
+        by_hand, other_choice, other_weights = (
+            naive_sums(experts[layer], documents, 2 * NUM_FOLDS, choices, layer)
+            for choices in (true, unbiased_choice, biased_weights)
+        )
+        require_close(ours, by_hand, rtol=2e-5)
+        assert (ours.count_SE.sum(0) != other_choice.count_SE.sum(0)).sum() >= 4
+        np.testing.assert_array_equal(ours.count_SE, other_weights.count_SE)
+        assert (np.abs(ours.gate_SE - other_weights.gate_SE) > 0.01 * ours.gate_SE).any()
+
+
+def test_softmax_in_place_of_sigmoid_would_keep_other_experts(
+    checkpoints: dict[str, Path], text: str, observed: Statistics
+) -> None:
+    """The scoring that takes softmax and top-k of raw logits for every family differs where it matters: in what is kept."""
+    documents = documents_of(checkpoints["m2"], text)
+    experts = watch(full_model(checkpoints["m2"]), documents)
+    stored = tiny.load_tensors(checkpoints["m2"])
+    differing = []
+    for layer in experts:
+        router_ED = stored[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        choices = []
+        for document in documents:
+            probability_NE = torch.softmax(document.layers[layer].hidden_ND @ router_ED.T, dim=-1)
+            gate_NK, expert_NK = probability_NE.topk(tiny.TOP_K)
+            choices.append((expert_NK, gate_NK))
+        softmax = naive_sums(experts[layer], documents, 2 * NUM_FOLDS, choices, layer)
+        kept = [plans.select(score({layer: sums}, "reap"), keep=4)[layer] for sums in (observed.layers[layer], softmax)]
+        differing.append(kept[0] != kept[1])
+    assert any(differing)
+
+
+def test_padding_is_not_counted(checkpoints: dict[str, Path], observed: Statistics) -> None:
+    for layer in observed.layers.values():
+        assert layer.tokens_S.sum() == observed.num_tokens
+        np.testing.assert_array_equal(layer.count_SE.reshape(2 * NUM_FOLDS, -1).sum(1), layer.tokens_S * tiny.TOP_K)
+
+
+def test_observing_twice_gives_the_same_bits(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
+    again = observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH)
+    for index, layer in observed.layers.items():
+        for name in ("tokens_S", *SUM_NAMES, "max_norm_E"):
+            np.testing.assert_array_equal(getattr(layer, name), getattr(again.layers[index], name))
+
+
+@pytest.mark.parametrize("limit", ["activations", "threads"])
+def test_one_wave_and_many_give_the_same_sums(
+    checkpoints: dict[str, Path], text: str, observed: Statistics, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts, tokens and maxima exactly; sums of reals up to float64's rounding, as they are added in another grouping."""
+    probe = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    assert len(probe.waves) == 1 and len(probe.batches) >= 4
+    largest = max(batch.input_ids_BT.size for batch in probe.batches) * module.bytes_per_token(probe.model)
+    if limit == "threads":
+        monkeypatch.setattr(module, "max_suspended", lambda device: 1)
+    run = replace(RUN, activation_budget=largest if limit == "activations" else None)
+    many = Observation(checkpoints["m2"], [text], run=run, max_length=MAX_LENGTH, seed=0)
+    assert len(many.waves) >= (2 if limit == "activations" else len(probe.batches))
+    ours = many.run()
+    for index, layer in observed.layers.items():
+        np.testing.assert_array_equal(layer.max_norm_E, ours.layers[index].max_norm_E)
+        require_close(layer, ours.layers[index], rtol=1e-13)
+
+
+def test_what_was_observed_is_recorded(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
+    assert observed.origin == str(checkpoints["m2"]) and observed.revision is None
+    assert (observed.num_experts, observed.top_k, observed.num_groups) == (tiny.NUM_EXPERTS, tiny.TOP_K, 1)
+    assert observed.settings == {"dtype": "float32", "max_length": MAX_LENGTH, "seed": 0}
+    (record,) = observed.calibration
+    assert len(record.digest) == 64 and record.sources[0]["source"] == text and record.sources[0]["samples"] == 23
+
+
+def test_statistics_of_the_device_survive_the_file(observed: Statistics, tmp_path: Path) -> None:
+    observed.save(tmp_path / "stats.safetensors")
+    loaded = Statistics.load(tmp_path / "stats.safetensors")
+    for index, layer in observed.layers.items():
+        np.testing.assert_array_equal(reap(layer), reap(loaded.layers[index]))
+
+
+@pytest.mark.parametrize("cut", [12, 10])
+def test_two_halves_combined_are_the_whole(checkpoints: dict[str, Path], text: str, tmp_path: Path, cut: int) -> None:
+    """Cut after a multiple of four documents the folds agree too, and else their total."""
+    rows = [tiny.json.loads(line) for line in Path(text).read_text().splitlines()]
+    parts = [write_jsonl(tmp_path / "1.jsonl", rows[:cut]), write_jsonl(tmp_path / "2.jsonl", rows[cut:])]
+    observed = observe(checkpoints["m2"], parts, run=RUN, max_length=MAX_LENGTH)
+    both = combine([observe(checkpoints["m2"], [part], run=RUN, max_length=MAX_LENGTH) for part in parts])
+    assert both.domains == observed.domains and both.num_tokens == observed.num_tokens
+    for index, whole in observed.layers.items():
+        ours = both.layers[index]
+        np.testing.assert_allclose(ours.max_norm_E, whole.max_norm_E, rtol=1e-5)
+        for name in ("tokens_S", *SUM_NAMES):
+            one, other = (getattr(layer, name).reshape(2, NUM_FOLDS, -1) for layer in (ours, whole))
+            if cut % NUM_FOLDS:
+                assert not np.array_equal(one, other)
+                one, other = one.sum(1), other.sum(1)
+            # The halves' micro-batches have other shapes, in which float32 products round otherwise.
+            exact = name in ("tokens_S", "count_SE")
+            np.testing.assert_allclose(one, other, rtol=0 if exact else 1e-5, err_msg=name)
+
+
+def test_the_same_text_or_another_model_does_not_add_up(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, observed: Statistics
+) -> None:
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.block_sparse_moe.gate.weight"][0, 0] += 1
+
+    with pytest.raises(PlanError, match="is in more than one of the files and would count twice"):
+        combine([observed, observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH)])
+    other_text = [write_jsonl(tmp_path / "other.jsonl", text_rows(3, seed=9))]
+    nudged = with_tensors(checkpoints["m2"], tmp_path / "nudged", nudge)
+    with pytest.raises(PlanError, match="statistics of different routers do not add up"):
+        combine([observed, observe(nudged, other_text, run=RUN, max_length=MAX_LENGTH)])
+    with pytest.raises(PlanError, match="statistics of different settings do not add up"):
+        combine([observed, observe(checkpoints["m2"], other_text, run=RUN, max_length=MAX_LENGTH + 1)])
+
+
+def test_bfloat16_gives_nearly_the_same_scores(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
+    rough = observe(checkpoints["m2"], [text], run=replace(RUN, dtype="bfloat16"), max_length=MAX_LENGTH)
+    for index, layer in observed.layers.items():
+        np.testing.assert_allclose(reap(rough.layers[index]), reap(layer), rtol=0.15)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_reported_with_layer_and_micro_batch(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, value: float
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5, 5] = value
+
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", damage)
+    with pytest.raises(
+        DataError, match=r"layer 1, micro-batch \d+: an expert's output or gate weight is NaN or"
+    ) as caught:
+        observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
+    assert "--dtype float32" in str(caught.value.hint)
+    assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Forward"]
+
+
+def test_ctrl_c_while_observing_leaves_no_thread(checkpoints: dict[str, Path], text: str) -> None:
+    observation = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    before = threading.active_count()
+
+    def progress(task: str, done: float, total: float, unit: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observation.run(progress=progress)
+    assert threading.active_count() == before
+    assert all(parameter.is_meta for parameter in observation.model.module.parameters())
+
+
+def test_progress_goes_from_nothing_to_all(checkpoints: dict[str, Path], text: str) -> None:
+    calls: list[tuple[str, float, float, str]] = []
+    observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, progress=lambda *call: calls.append(call))
+    assert calls[0][:2] == ("observe", 0) and calls[-1][1] == calls[-1][2] == calls[0][2]
+    assert [call[1] for call in calls] == sorted({call[1] for call in calls})
+
+
+def test_experts_that_bypass_the_registry_are_an_error_not_zeros(checkpoints: dict[str, Path], text: str) -> None:
+    observation = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    observation.model.module.set_experts_implementation("eager")
+    with pytest.raises(UnsupportedError, match=r"layer 0 sent 0 of .* tokens through transformers' experts function"):
+        observation.run()
+
+
+def test_an_estimate_is_consistent_and_runs_nothing(
+    checkpoints: dict[str, Path], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was run or loaded")
+
+    probe = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    budget = max(batch.input_ids_BT.size for batch in probe.batches) * module.bytes_per_token(probe.model)
+    for name in ("load", "load_entry", "fetch"):
+        monkeypatch.setattr(module.StreamedModel, name, refuse)
+    monkeypatch.setattr(module.SuspendedForwards, "__enter__", refuse)
+    observation = Observation(
+        checkpoints["m2"], [text], run=replace(RUN, activation_budget=budget), max_length=MAX_LENGTH, seed=0
+    )
+    estimate = observation.estimate()
+    assert estimate.tokens == sum(len(document.ids) for document in documents_of(checkpoints["m2"], text))
+    assert estimate.documents == len(documents_of(checkpoints["m2"], text))
+    assert estimate.batches == len(observation.batches) and estimate.waves == len(observation.waves) > 1
+    assert 0 < estimate.held_bytes <= budget < estimate.device_bytes
+    stored = sum(
+        tensor.nbytes for name, tensor in tiny.load_tensors(checkpoints["m2"]).items() if name != "lm_head.weight"
+    )
+    assert estimate.read_bytes == stored * estimate.waves
+    assert (estimate.device, estimate.dtype) == ("cpu", "float32")
+    numbers = [value for value in estimate.to_json().values() if not isinstance(value, str)]
+    assert all(math.isfinite(value) and value > 0 for value in numbers)
+
+
+def test_the_estimated_size_of_the_file_is_right(checkpoints: dict[str, Path], text: str, tmp_path: Path) -> None:
+    observation = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    observation.run().save(tmp_path / "stats")
+    header = 8 + int.from_bytes((tmp_path / "stats").read_bytes()[:8], "little")
+    assert observation.estimate().output_bytes == (tmp_path / "stats").stat().st_size - header
+
+
+def batches_of(*lengths: int) -> list[CalibrationBatch]:
+    one = np.zeros(1, dtype=np.int64)
+    return [CalibrationBatch(np.zeros((1, n), dtype=np.int64), np.array([n]), one, one) for n in lengths]
+
+
+@pytest.mark.parametrize("budget", [50, 77, 100, 1000])
+@pytest.mark.parametrize("max_batches", [1, 3, 100])
+def test_waves_keep_order_budget_and_every_batch(budget: int, max_batches: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 11, size=40)
+    parts = batches_of(*lengths)
+    waves = split_into_waves(parts, budget=budget, bytes_per_token=5, max_batches=max_batches)
+    assert [id(batch) for wave in waves for batch in wave] == [id(batch) for batch in parts]
+    assert all(wave and len(wave) <= max_batches for wave in waves)
+    assert all(sum(batch.input_ids_BT.size for batch in wave) * 5 <= budget for wave in waves)
+
+
+def test_waves_are_about_equally_long() -> None:
+    waves = split_into_waves(batches_of(*[10] * 12), budget=100, bytes_per_token=1, max_batches=100)
+    assert [len(wave) for wave in waves] == [6, 6]
+
+
+def test_a_budget_below_one_micro_batch_names_the_one_that_works() -> None:
+    with pytest.raises(UsageError, match="an activation budget of 49 bytes is less than the 50") as caught:
+        split_into_waves(batches_of(3, 10), budget=49, bytes_per_token=5, max_batches=9)
+    assert caught.value.hint is not None and "--activation-budget 50" in caught.value.hint
+
+
+def test_defaults_fit_the_machine() -> None:
+    device, dtype = Run().resolve()
+    assert (device.type, dtype) in {("cpu", torch.float32), ("cuda", torch.bfloat16)}
+    assert Run(device="cpu", dtype="bfloat16").resolve() == (torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("run", "message", "hint"),
+    [
+        (Run(device="gpu"), "there is no device 'gpu'", "cuda"),
+        (Run(device="meta"), "the device 'meta' is not supported", "cuda"),
+        (Run(device="cuda:99"), "there is no device 'cuda:99': torch sees", "--device cpu"),
+        (Run(device="cpu", dtype="bf16"), "cannot compute in 'bf16'", "bfloat16"),
+        (Run(device="cpu", dtype="int8"), "cannot compute in 'int8'", ""),
+    ],
+)
+def test_a_device_or_dtype_that_is_not_there_is_named(run: Run, message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        run.resolve()
+    assert hint in str(caught.value.hint)

@@ -1,0 +1,84 @@
+"""The package's floors: what may import what, held by reading the source and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import reapkit
+
+SOURCE = Path(reapkit.__file__).parent
+# A module imports only from lower floors, or from modules listed before it on its own.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "tensors", "progress"),
+    ("checkpoint", "layout", "architectures"),
+    ("statistics", "criteria", "plans", "clusters"),
+    ("formats", "calibration", "modules", "inventory", "observation", "fidelity"),
+    ("edits", "shards", "verification"),
+    ("compression", "evaluation", "serving", "reporting", "cli"),
+)
+LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
+LIGHT_PACKAGES = {"numpy", "safetensors"}
+# Opening a hub id is the checkpoint's business; the library is imported only when one is given.
+LAZY_EXCEPTIONS = {("checkpoint", "huggingface_hub")}
+PLACE = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem not in ("__init__", "__main__"))
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module that a module imports, anywhere in it but for type checkers, by its full name."""
+    tree = ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            assert node.module is not None
+            if node.module == "reapkit":
+                yield from (f"reapkit.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_every_module_has_its_place() -> None:
+    assert [name for name in MODULES if name not in PLACE] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_below(name: str) -> None:
+    ours = {part.split(".")[1] for part in imports(name) if part.startswith("reapkit.")}
+    assert [other for other in sorted(ours) if other in PLACE and PLACE[other] >= PLACE[name]] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if PLACE.get(name, (9, 0))[0] < LIGHT_FLOORS])
+def test_the_lower_floors_need_neither_torch_nor_transformers(name: str) -> None:
+    outside = {part.split(".")[0] for part in imports(name)} - {"reapkit", *sys.stdlib_module_names, *LIGHT_PACKAGES}
+    assert {part for part in outside if (name, part) not in LAZY_EXCEPTIONS} == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_pickle_is_ever_loaded(name: str) -> None:
+    forbidden = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
+    assert {part.split(".")[0] for part in imports(name)} & forbidden == set()
+    for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
+            owner, method = node.func.value.id, node.func.attr
+            assert not (owner == "torch" and method in ("load", "save")), f"line {node.lineno}"
+            if owner in ("np", "numpy") and method == "load":
+                assert all(keyword.arg != "allow_pickle" for keyword in node.keywords), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("cli", "__main__")])
+def test_only_the_command_line_prints_or_exits(name: str) -> None:
+    for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "exit", "quit", "sys.exit", "os._exit"), f"line {node.lineno}"
