@@ -48,13 +48,19 @@ def full_model(folder: Path, *, dtype: torch.dtype = torch.float32, experts: str
 
     transformers leaves tensors of FP8 checkpoints in BF16 when asked for float32, and rounds selection biases to BF16.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts).eval()
-    if dtype == torch.float32:
-        model = model.float()
+    options: dict[str, Any] = {"dtype": dtype, "experts_implementation": experts}
+    if quantized := tiny.read_json(folder / "config.json").get("quantization_config"):
+        # Where there is a GPU, transformers would otherwise keep FP8 weights.
+        skipped = quantized["modules_to_not_convert"]
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=skipped)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if dtype == torch.float32 and not name.endswith("inv_freq"):
+            tensor.data = tensor.data.float()
     for name, tensor in tiny.load_tensors(folder).items():
         if tensor.dtype == torch.float32 and name.endswith(("block_sparse_moe.gate.weight", "e_score_correction_bias")):
             owner, _, leaf = name.replace("block_sparse_moe", "mlp").rpartition(".")

@@ -40,7 +40,9 @@ def test_every_documented_command_is_understood(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_documented_command_on_the_bundled_model_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_documented_command_on_the_bundled_model_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = [words for words in commands(page) if any("m2-nano" in word for word in words)]
     if not chosen:
         pytest.skip("the page has no command on the bundled model")
@@ -52,7 +54,9 @@ def test_every_documented_command_on_the_bundled_model_runs(page: Path, tmp_path
 
 
 def test_the_python_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     shutil.copytree(ROOT / "models", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

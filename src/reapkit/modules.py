@@ -349,7 +349,23 @@ def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remot
             raise UnsupportedError(f"{origin} needs code of its own to run, which was not allowed",
                                    hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
         raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
+    _require_rotary_dim(config, model, origin=origin)
     return model.eval().requires_grad_(False)
+
+
+def _require_rotary_dim(config: Any, model: nn.Module, *, origin: str) -> None:
+    """Refuse a transformers that ignores `rotary_dim`: 5.17 rotates every dimension of MiniMax-M2's heads, later ones the first half."""
+    import transformers
+
+    expected = getattr(config, "rotary_dim", None)
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if expected is not None and isinstance(frequencies, Tensor) and 2 * frequencies.numel() != expected:
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} rotates {2 * frequencies.numel()} dimensions of a head where {origin} "
+                f"says {expected}",
+                hint="pip install --upgrade transformers",
+            )
 
 
 def shapes_on_disk(

@@ -70,10 +70,13 @@ class Run:
             raise UsageError(f"there is no device {name!r}", hint="cpu, cuda or cuda:1") from None
         if device.type not in TOKENS_PER_BATCH:
             raise UsageError(f"the device {name!r} is not supported", hint="cpu, cuda or cuda:1")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs", hint="--device cpu"
-            )
+        if device.type == "cuda":
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise UsageError(
+                    f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs", hint="--device cpu"
+                )
+            # Threads choose their device by its number.
+            device = torch.device("cuda", device.index or 0)
         dtype = self.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         if dtype not in DTYPES:
             raise UsageError(f"cannot compute in {dtype!r}", hint=did_you_mean(dtype, DTYPES))
@@ -381,12 +384,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def _batch_bytes(model: StreamedModel, parts: Sequence[CalibrationBatch]) -> int:
-    """Temporaries of the largest micro-batch in one MoE layer: gathered input, inner and outer activations of its routed pairs."""
+    """Temporaries of the largest micro-batch in one MoE layer.
+
+    Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
+    both halves of the inner activation with two products, four times the inner size; per token some ten hidden sizes for attention.
+    """
     experts: Any = next(part for layer in model.layers for part in layer.modules() if hasattr(part, "has_gate"))
     inner = experts.down_proj.numel() // experts.num_experts // model.hidden_size
-    width = (2 if experts.has_gate else 1) * inner + inner + 3 * model.hidden_size
+    width = model.layout.top_k * 4 * (model.hidden_size + inner) + 10 * model.hidden_size
     size = torch.empty((), dtype=model.dtype).element_size()
-    return int(max(batch.input_ids_BT.size for batch in parts) * model.layout.top_k * width * size)
+    return int(max(batch.input_ids_BT.size for batch in parts) * width * size)
 
 
 def _flops_per_token(model: StreamedModel) -> float:
