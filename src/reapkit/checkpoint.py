@@ -42,6 +42,10 @@ _WEIGHT_SUFFIXES = {
     ".npz",
     ".npy",
 }
+# What a repository shows or was made from, and no runtime reads: figures of the README, data sets.
+_ATTACHMENT_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".gif", ".svg", ".webp", ".pdf", ".mp4", ".jsonl", ".parquet", ".csv",
+}  # fmt: skip
 # Copies of the weights in other layouts (gpt-oss ships two), and reapkit's own folder.
 _FOREIGN_FOLDERS = {"original", "metal", "onnx", "reapkit"}
 
@@ -262,7 +266,7 @@ def _walk_sidecars(folder: Path, root: Path) -> Iterator[str]:
 def _is_own_or_weight(entry: Path, root: Path) -> bool:
     # The source's README describes the source; the output gets a card of its own.
     own = entry.parent == root and entry.name in {CONFIG_NAME, MANIFEST_NAME, UNFINISHED_NAME, "README.md"}
-    return own or entry.suffix in _WEIGHT_SUFFIXES or entry.name.endswith(".index.json")
+    return own or entry.suffix in _WEIGHT_SUFFIXES | _ATTACHMENT_SUFFIXES or entry.name.endswith(".index.json")
 
 
 def section_of(config: Mapping[str, Any], section: str | None) -> Mapping[str, Any]:
