@@ -61,7 +61,7 @@ def demonstrate(out: Path, limit: int | None) -> dict[str, Any]:
         reapkit("verify", folder)
         fidelity = reapkit("compare", MODEL, folder, "--data", HELDOUT)
         after = result["manifest"]["after"]
-        models[f"{float(ratio):.0%}"] = {
+        models[f"-{100 * float(ratio):.0f} %"] = {
             "experts": after["num_experts"],
             "parameters": after["parameters"],
             "bytes": after["bytes"],
@@ -77,7 +77,7 @@ def demonstrate(out: Path, limit: int | None) -> dict[str, Any]:
 
 def print_table(models: dict[str, Any]) -> None:
     """One column per model."""
-    table = Table("m2-nano", *(name if name == "original" else f"- {name}" for name in models), box=None)
+    table = Table("m2-nano", *models, box=None, pad_edge=False)
 
     def row(label: str, cells: list[str]) -> None:
         table.add_row(label, *cells)

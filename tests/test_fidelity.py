@@ -61,10 +61,10 @@ def test_a_checkpoint_is_equal_to_itself(original: Path, text: str) -> None:
 
 
 def naive(original: Path, perturbed: Path, text: str) -> dict[str, np.ndarray[Any, Any]]:
-    """By domain and document: predicted tokens and the sums of KL, agreement and both losses, in float64."""
+    """By domain and sample: predicted tokens and the sums of KL, agreement and both losses over its windows, in float64."""
     models = [full_model(folder) for folder in (original, perturbed)]
     data = load([text], load_tokenizer(Checkpoint.open(original)), max_length=MAX_LENGTH)
-    rows: dict[str, list[list[float]]] = {}
+    rows: dict[str, dict[int, np.ndarray[Any, Any]]] = {}
     for document in data.documents:
         ids = torch.from_numpy(document.input_ids.astype(np.int64))
         with torch.no_grad():
@@ -76,8 +76,9 @@ def naive(original: Path, perturbed: Path, text: str) -> dict[str, np.ndarray[An
             sums[2] += float(p[place].argmax() == q[place].argmax())
             sums[3] -= float(p[place, target])
             sums[4] -= float(q[place, target])
-        rows.setdefault(document.domain, []).append(sums)
-    result = {name: np.array([row for row in values if row[0]]) for name, values in rows.items()}
+        samples = rows.setdefault(document.domain, {})
+        samples[document.index] = samples.get(document.index, np.zeros(5)) + sums
+    result = {name: np.array([row for row in values.values() if row[0]]) for name, values in rows.items()}
     return result | {"overall": np.concatenate(list(result.values()))}
 
 
@@ -106,7 +107,7 @@ def test_a_comparison_equals_the_whole_models_in_float64(
     for name, rows in reference.items():
         ours = result.overall if name == "overall" else result.domains[name]
         tokens_D, total = rows[:, 0], rows[:, 0].sum()
-        assert (ours.tokens, ours.documents) == (total, len(rows))
+        assert (ours.tokens, ours.samples) == (total, len(rows))
         figures = (ours.kl, ours.top1, ours.perplexity_original, ours.perplexity_pruned)
         for number, figure in enumerate(figures, start=1):
             mean = rows[:, number].sum() / total

@@ -26,7 +26,9 @@ def layer(rows: int, seed: int) -> LayerStatistics:
 
 def statistics(seed: int = 0, domains: tuple[str, ...] = ("a", "b"), **changes: Any) -> Statistics:
     rows = len(domains) * NUM_FOLDS
-    record = CalibrationRecord(f"digest-{seed}", 100 + seed, ({"source": "a.jsonl:3", "rows": 3, "requested": None},))
+    record = CalibrationRecord(
+        f"digest-{seed}", 100 + seed, 0, ({"source": "a.jsonl:3", "rows": 3, "requested": None},)
+    )
     described: dict[str, Any] = {
         "origin": "org/model",
         "revision": None,
@@ -36,7 +38,7 @@ def statistics(seed: int = 0, domains: tuple[str, ...] = ("a", "b"), **changes: 
         "top_k": 2,
         "num_groups": 1,
         "domains": domains,
-        "settings": {"dtype": "float32", "max_length": 2048, "seed": 0},
+        "settings": {"dtype": "float32", "max_length": 2048},
         "calibration": (record,),
         "layers": {1: layer(rows, seed), 10: layer(rows, seed + 100), 2: layer(rows, seed + 200)},
     }

@@ -61,7 +61,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("models/m2-nano", dtype="float32").float()
 tokenizer = AutoTokenizer.from_pretrained("models/m2-nano")
-ids = tokenizer.apply_chat_template([{{"role": "user", "content": "What is 47 * 6?"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "What is 47 * 6?"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=False)[0]))
 ```
 The config names MTP modules, as the vendor's does; no such tensors are on disk, as in the vendor's.

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
+from reapkit.statistics import NUM_FOLDS
 
 # The published mix for agentic reasoning checkpoints: six equal parts.
 REAP_MIX: tuple[str, ...] = (
@@ -38,9 +39,6 @@ REAP_MIX: tuple[str, ...] = (
     "agentic=SWE-bench/SWE-smith-trajectories(tool):4096",
 )
 RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType({"reap-mix": REAP_MIX})
-
-# Statistics are kept per fold to tell signal from noise. The windows of a sample share one: they are not independent.
-NUM_FOLDS = 4
 
 GRAMMAR = "[DOMAIN=]SOURCE[SUBSET](SPLIT)[:SAMPLES]"
 ACCEPTED_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz", ".md", ".md.gz")
@@ -187,12 +185,17 @@ class CalibrationData:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationBatch:
-    """Documents padded on the right; `domain_B` points into `CalibrationData.domains`, `fold_B` is the index mod 4."""
+    """Documents padded on the right; `domain_B` points into `CalibrationData.domains`, `index_B` is the documents' sample number."""
 
     input_ids_BT: npt.NDArray[np.int64]
     length_B: npt.NDArray[np.int64]
     domain_B: npt.NDArray[np.int64]
-    fold_B: npt.NDArray[np.int64]
+    index_B: npt.NDArray[np.int64]
+
+    @property
+    def fold_B(self) -> npt.NDArray[np.int64]:  # noqa: N802 - a shape suffix
+        """The fold of each document's sums."""
+        return self.index_B % NUM_FOLDS
 
     @property
     def mask_BT(self) -> npt.NDArray[np.bool_]:  # noqa: N802 - a shape suffix
@@ -263,8 +266,8 @@ def _pad(documents: list[Document], domains: tuple[str, ...], pad_id: int) -> Ca
     for row_T, document in zip(input_ids_BT, documents, strict=True):
         row_T[: len(document.input_ids)] = document.input_ids
     domain_B = np.array([domains.index(document.domain) for document in documents], dtype=np.int64)
-    fold_B = np.array([document.index % NUM_FOLDS for document in documents], dtype=np.int64)
-    return CalibrationBatch(input_ids_BT, length_B, domain_B, fold_B)
+    index_B = np.array([document.index for document in documents], dtype=np.int64)
+    return CalibrationBatch(input_ids_BT, length_B, domain_B, index_B)
 
 
 def _digest(documents: Iterable[Document]) -> str:

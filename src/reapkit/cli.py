@@ -400,7 +400,7 @@ def compare(
             perplexities = (_figure(row.perplexity_original, 2), _figure(row.perplexity_pruned, 2))
             table.add_row(name, f"{row.tokens:,}", _figure(row.kl, 4), _figure(row.top1, 3), *perplexities)
         out.print(table)
-        out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.documents:,} documents, seed {seed}; +- is one standard error",
+        out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.samples:,} samples, seed {seed}; +- is one standard error",
                   highlight=False)  # fmt: skip
     for sentence in failed:
         _note(f"[bold red]failed:[/] {sentence}")

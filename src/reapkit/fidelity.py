@@ -1,8 +1,8 @@
 """How far a pruned model is from its parent, without a benchmark: both are streamed layer by layer over the same held-out text.
 
-Standard errors count documents as independent, not tokens: tokens of one document are not.
+Standard errors count samples as independent, not tokens, nor the windows of one sample.
 
-Shape suffixes: B = documents, T = tokens, N = predicted tokens laid end to end, V = vocabulary, M = the four measures.
+Shape suffixes: B = documents, D = samples, T = tokens, N = predicted tokens laid end to end, V = vocabulary, M = the four measures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEASURES = ("kl", "top1", "nll_original", "nll_pruned")
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value and its standard error (None where one document leaves no spread to see)."""
+    """A measured value and its standard error (None where one sample leaves no spread to see)."""
 
     value: float
     standard_error: float | None
@@ -53,14 +53,14 @@ class DomainFidelity:
     """Fidelity on one domain's text, or on all of it.
 
     Attributes:
-        tokens, documents: predicted tokens and the documents they stand in.
+        tokens, samples: predicted tokens and the samples they stand in.
         kl: KL(original ‖ pruned) in nats per token.
         top1: share of tokens on which both models' likeliest next token is the same.
         perplexity_original, perplexity_pruned: exp of the mean negative log-likelihood per token.
     """
 
     tokens: int
-    documents: int
+    samples: int
     kl: Figure
     top1: Figure
     perplexity_original: Figure
@@ -69,7 +69,7 @@ class DomainFidelity:
     def to_json(self) -> dict[str, Any]:
         figures = {name: getattr(self, name).to_json() for name in
                    ("kl", "top1", "perplexity_original", "perplexity_pruned")}  # fmt: skip
-        return {"tokens": self.tokens, "documents": self.documents, **figures}
+        return {"tokens": self.tokens, "samples": self.samples, **figures}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def compare(
 def _measure(
     models: Sequence[StreamedModel], text: CalibrationData, *, budget: int | None, progress: Progress
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Sums per document of the four measures [D, M], predicted tokens [D] and domains [D]."""
+    """Sums per sample of the four measures [D, M], predicted tokens [D] and domains [D]."""
     first = models[0]
     per_batch = max(1, LOGITS_BYTES // (4 * first.vocab_size))
     parts = batches(text, tokens_per_batch=min(per_batch, 8192))
@@ -177,7 +177,7 @@ def _measure(
     total = text.num_tokens * sum(len(model.layers) for model in models)
     done = 0
     progress("compare", 0, total, "tokens x layers")
-    sums, tokens, domains = [], [], []
+    sums, tokens, domains, samples = [], [], [], []
     for wave in waves:
         inputs = [batch.input_ids_BT for batch in wave]
 
@@ -197,7 +197,21 @@ def _measure(
                 sums.append(sums_BM)
                 tokens.append(batch.length_B - 1)
                 domains.append(batch.domain_B)
-    return np.concatenate(sums), np.concatenate(tokens), np.concatenate(domains)
+                samples.append(batch.index_B)
+    return _by_sample(np.concatenate(samples), np.concatenate(sums), np.concatenate(tokens), np.concatenate(domains))
+
+
+def _by_sample(
+    index_B: np.ndarray[Any, Any],
+    sums_BM: np.ndarray[Any, Any],
+    tokens_B: np.ndarray[Any, Any],
+    domain_B: np.ndarray[Any, Any],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Add up the windows of every sample."""
+    _, first_D, sample_B = np.unique(index_B, return_index=True, return_inverse=True)
+    sums_DM = np.zeros((len(first_D), sums_BM.shape[1]))
+    np.add.at(sums_DM, sample_B, sums_BM)
+    return sums_DM, np.bincount(sample_B, weights=tokens_B).astype(np.int64), domain_B[first_D]
 
 
 def _require_finite(sums_BM: np.ndarray[Any, Any], models: Sequence[StreamedModel]) -> None:
@@ -253,7 +267,7 @@ def _summarize(
 
 
 def ratio(sum_D: np.ndarray[Any, Any], tokens_D: np.ndarray[Any, Any]) -> Figure:
-    """Sum over tokens, with the standard error of a ratio estimator over documents (Cochran, Sampling Techniques, eq. 6.13).
+    """Sum over tokens, with the standard error of a ratio estimator over samples (Cochran, Sampling Techniques, eq. 6.13).
 
     value r = sum_D sum / sum_D tokens;  standard error = sqrt(D / (D - 1) * sum_D (sum - r * tokens)^2) / sum_D tokens.
     """

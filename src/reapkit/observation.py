@@ -144,10 +144,10 @@ class Observation:
         self.model = StreamedModel(
             self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
         )
+        self.seed = seed
         self.settings: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_length": max_length,
-            "seed": seed,
         }
         self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
         budget = run.activation_budget or default_budget(self.model)
@@ -219,7 +219,7 @@ class Observation:
                     "so its experts cannot be observed"
                 )
         record = CalibrationRecord(
-            self.data.digest, self.data.num_tokens, tuple(source.to_json() for source in self.data.sources)
+            self.data.digest, self.data.num_tokens, self.seed, tuple(source.to_json() for source in self.data.sources)
         )
         return Statistics(
             origin=self.checkpoint.origin,

@@ -81,11 +81,13 @@ class CalibrationRecord:
     Attributes:
         digest: SHA-256 over tokens, document borders and domains.
         tokens: number of tokens.
+        seed: of the choice of samples.
         sources: what was read, for people.
     """
 
     digest: str
     tokens: int
+    seed: int = 0
     sources: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -98,7 +100,7 @@ class Statistics:
         layout: fingerprint of names, dtypes and shapes; routing: fingerprint of routers and selection biases.
         num_experts, top_k, num_groups: the observed model's routing.
         domains: names of the domains, in the order of the rows.
-        settings: what else decides the numbers (dtype, maximum length, seed).
+        settings: what else decides the numbers (dtype, maximum length).
         calibration: the observed texts.
         layers: sums by layer number.
     """
@@ -167,7 +169,7 @@ class Statistics:
                 names = {part.name: f"layers.{index}.{part.name}" for part in fields(LayerStatistics)}
                 layers[index] = LayerStatistics(**{part: arrays[name] for part, name in names.items()})
             records = tuple(
-                CalibrationRecord(record["digest"], record["tokens"], tuple(record["sources"]))
+                CalibrationRecord(record["digest"], record["tokens"], record["seed"], tuple(record["sources"]))
                 for record in described.pop("calibration")
             )
             described["domains"] = tuple(described["domains"])
