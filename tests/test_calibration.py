@@ -22,7 +22,7 @@ from reapkit.calibration import CalibrationData, DataSource, Document, batches, 
 from reapkit.errors import DataError, ReapkitError, UnsupportedError, UsageError
 
 DATA = Path(__file__).parent / "data"
-SHARED_DATA = Path(os.environ.get("REAPKIT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED_DATA = Path(os.environ.get("REAPKIT_SHARED_DATA", "unset"))
 
 TEMPLATE = (
     "{{ bos_token }}"

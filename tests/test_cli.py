@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,7 +78,7 @@ def test_compress_does_not_observe_again_what_an_interrupted_run_observed(
 ) -> None:
     arguments = ("compress", model, "--data", text, "--ratio", "0.25", "-o", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(shards, "_write_shards", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*arguments).exit_code == 130
     assert run("verify", tmp_path / "out").exit_code == 1
     with monkeypatch.context() as patched:
@@ -99,6 +101,46 @@ def test_compress_refuses_an_impossible_target_before_it_observes(
     (tmp_path / "full/thesis.txt").write_text("")
     result = run("compress", model, "--data", text, "--keep", "4", "-o", tmp_path / "full")
     assert result.exit_code == 1 and "not empty: it holds thesis.txt" in result.stderr
+
+
+def test_compress_refuses_a_format_and_a_full_disk_before_it_observes(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = add_tokenizer(make_m2(tmp_path / "bf16"))
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    arguments = ("compress", plain, "--data", text, "--keep", "4", "-o", tmp_path / "out")
+    refused = run(*arguments, "--dequantize")
+    assert refused.exit_code == 2 and "is not quantised" in refused.stderr
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    refused = run(*arguments)
+    assert refused.exit_code == 1 and "GB free" in refused.stderr
+
+
+def test_a_threshold_that_cannot_be_read_is_refused_before_anything_is_compared(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reapkit.fidelity.compare", lambda *_, **__: pytest.fail("began"))
+    assert run("compare", model, model, "--data", text, "--fail-on", "kl=small").exit_code == 2
+
+
+def test_the_budget_that_a_refusal_names_is_enough(model: Path, text: Path) -> None:
+    refused = run("compare", model, model, "--data", text, "--activation-budget", "1kB")
+    (needed,) = re.findall(r"--activation-budget (\d+) or more", refused.stderr)
+    assert run("compare", model, model, "--data", text, "--activation-budget", needed).exit_code == 0
+
+
+def test_split_and_missing_samples_are_counted(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (5, 9, 25)))
+    common = ("--data", f"{data}:7", "--max-length", "10")
+    for arguments in (
+        ("observe", model, *common, "-o", tmp_path / "s"),
+        ("compress", model, *common, "--keep", "4", "-o", tmp_path / "out"),
+        ("compare", model, model, *common),
+    ):
+        noted = run(*arguments).stderr
+        assert "1 long samples were split into 3 windows; nothing was dropped" in noted, arguments
+        assert "has 3 of the 7 samples asked for" in noted
 
 
 def test_combining_two_halves_gives_the_statistics_of_the_whole(
@@ -128,10 +170,8 @@ def test_dry_runs_write_nothing(model: Path, text: Path, statistics: Path, tmp_p
     plan = tmp_path / "plan.json"
     estimate = answer("observe", model, "--data", text, "-o", tmp_path / "s.safetensors", "--dry-run")
     assert estimate["waves"] >= 1 and estimate["read_bytes"] > 0 and estimate["hours"] > 0
-    assert (
-        answer("compress", model, "--data", text, "--ratio", "0.25", "-o", tmp_path / "out", "--dry-run")["tokens"]
-        == estimate["tokens"]
-    )
+    compressed = answer("compress", model, "--data", text, "--ratio", "0.25", "-o", tmp_path / "out", "--dry-run")
+    assert compressed["tokens"] == estimate["tokens"] and compressed["checkpoint_bytes"] > 100_000
     assert answer("plan", statistics, "--ratio", "0.25", "-o", plan, "--dry-run")["num_kept"] == 6
     assert list(tmp_path.iterdir()) == []
     assert run("plan", statistics, "--ratio", "0.25", "-o", plan).exit_code == 0
@@ -200,6 +240,12 @@ def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_p
         (("observe", "{model}", "--data", "{text}", "--activation-budget", "much", "-o", "x"), 2, "'much' is not a size"),
         (("observe", "{model}", "--data", "{text}", "--activation-budget", "1kB", "-o", "x"), 2, "one micro-batch holds"),
         (("observe", "{model}", "--data", "missing.jsonl", "-o", "x"), 1, "missing.jsonl"),
+        (("observe", "{model}", "--data", "{text}", "-o", "{model}"), 1, "is a folder"),
+        (("observe", "{model}", "--data", "{text}", "-o", "/proc/none/x"), 1, "writing to /proc/none/x stopped"),
+        (("plan", "{statistics}", "--keep", "4", "-o", "/proc/none/x"), 1, "writing to /proc/none/x stopped"),
+        (("inspect", "{model}", "--revision", "main"), 2, "is a folder, which has no revision"),
+        (("inspect", "{model}x"), 1, "there is no folder"),
+        (("combine", "{statistics}", "-o", "x"), 2, "two statistics files or more"),
         (("list", "criterias"), 2, "did you mean 'criteria'?"),
         (("prune", "{model}", "no.json", "-o", "x"), 1, "there is no plan no.json"),
         (("verify", "{model}"), 1, "not an output of reapkit"),

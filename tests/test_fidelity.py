@@ -19,7 +19,7 @@ from reapkit import fidelity as module
 from reapkit.calibration import load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, DataError, UsageError
-from reapkit.fidelity import DomainFidelity, Fidelity, Figure, compare, failed_thresholds, ratio
+from reapkit.fidelity import DomainFidelity, Fidelity, Figure, compare, failed_thresholds, parse_thresholds, ratio
 from reapkit.modules import load_tokenizer
 from reapkit.observation import Run
 from streaming import full_model, streamed_model, text_rows, with_tensors, write_jsonl
@@ -57,7 +57,7 @@ def test_a_checkpoint_is_equal_to_itself(original: Path, text: str) -> None:
         assert part.kl.value == 0 and part.top1.value == 1
         assert part.perplexity_original == part.perplexity_pruned
         assert part.kl.standard_error in (0, None)
-    assert failed_thresholds(result, "kl=0,top1=1") == []
+    assert failed_thresholds(result, parse_thresholds("kl=0,top1=1")) == []
 
 
 def naive(original: Path, perturbed: Path, text: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -140,7 +140,7 @@ def test_the_ratio_estimator_by_hand() -> None:
 def fidelity(kl: float, top1: float) -> Fidelity:
     one = Figure(1.0, None)
     overall = DomainFidelity(10, 1, Figure(kl, None), Figure(top1, None), one, one)
-    return Fidelity("a", "b", "", {}, overall, {})
+    return Fidelity("a", "b", "", (), {}, overall, {})
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def fidelity(kl: float, top1: float) -> Fidelity:
     ],
 )
 def test_failed_thresholds_are_sentences(thresholds: str, failed: list[str]) -> None:
-    assert failed_thresholds(fidelity(0.05, 0.9), thresholds) == failed
+    assert failed_thresholds(fidelity(0.05, 0.9), parse_thresholds(thresholds)) == failed
 
 
 @pytest.mark.parametrize("thresholds", ["kl=nan", "kl=0.1"])
 def test_what_is_no_number_never_passes(thresholds: str) -> None:
-    assert len(failed_thresholds(fidelity(float("nan"), 1.0), thresholds)) == 1
+    assert len(failed_thresholds(fidelity(float("nan"), 1.0), parse_thresholds(thresholds))) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_is_no_number_never_passes(thresholds: str) -> None:
 )
 def test_thresholds_that_cannot_be_read_are_usage_errors(thresholds: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        failed_thresholds(fidelity(0.05, 0.9), thresholds)
+        parse_thresholds(thresholds)
 
 
 def test_another_vocabulary_cannot_be_compared(original: Path, text: str, tmp_path: Path) -> None:

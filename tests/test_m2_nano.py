@@ -250,3 +250,31 @@ def test_loads_in_transformers():
     block = model.model.layers[1].mlp
     assert torch.equal(block.gate.weight, tensors[0]) and torch.equal(block.e_score_correction_bias, tensors[1])
     assert torch.equal(block.experts.down_proj[7].float(), dequantize(tensors[2], tensors[3]))
+
+
+@pytest.mark.parametrize("dequantize", [False, True], ids=["fp8", "bf16"])
+def test_pruned_it_loads_whole_and_equals_the_original_with_its_router_masked(dequantize: bool, tmp_path: Path) -> None:
+    """In float32, as shipped in FP8 and dequantised."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import reapkit
+    from streaming import full_model
+
+    original, pruned = MODEL, tmp_path / "pruned"
+    if dequantize:
+        original = tmp_path / "original"
+        reapkit.prune(MODEL, reapkit.plan(MODEL, criterion="random", keep=48), original, dequantize=True)
+    plan = reapkit.plan(MODEL, criterion="random", keep=36, seed=3)
+    reapkit.prune(MODEL, plan, pruned, dequantize=dequantize)
+    _, info = AutoModelForCausalLM.from_pretrained(pruned, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+    masked = full_model(original)
+    for layer in plan.kept:
+        masked.model.layers[layer].mlp.e_score_correction_bias[list(plan.dropped(layer))] = -1e9
+    ids = torch.arange(20, 220).view(2, 100)
+    with torch.inference_mode():
+        reference, logits = masked(ids).logits, full_model(pruned)(ids).logits
+    assert torch.allclose(logits, reference, atol=1e-4)
+    assert torch.equal(logits.argmax(-1), reference.argmax(-1))

@@ -82,9 +82,17 @@ def test_fewer_experts_than_each_token_is_routed_to_are_refused_with_the_way_out
     assert num_kept(64, ratio="0.875") == 8
 
 
-@pytest.mark.parametrize("kept", [(2, 1, 5), (1, 1, 5), (1, 2, 8), (-1, 2, 5)])
-def test_kept_experts_are_ascending_numbers_of_the_layer(kept: tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match="layer 0 of the plan keeps"):
+@pytest.mark.parametrize(
+    ("kept", "sentence"),
+    [
+        ((2, 1, 5), "layer 0 of the plan lists the expert 1 twice or out of order"),
+        ((1, 1, 5), "layer 0 of the plan lists the expert 1 twice or out of order"),
+        ((1, 2, 8), "layer 0 of the plan keeps the expert 8, and there are 8"),
+        ((-1, 2, 5), "layer 0 of the plan keeps the expert -1, and there are 8"),
+    ],
+)
+def test_kept_experts_are_ascending_numbers_of_the_layer(kept: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
         plan(kept={0: kept})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,12 @@ import reapkit
 SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "tensors", "progress"),
+    ("errors", "progress", "outputs", "tensors"),
     ("checkpoint", "layout", "architectures"),
-    ("statistics", "criteria", "plans", "clusters"),
-    ("formats", "calibration", "modules", "inventory", "observation", "fidelity"),
+    ("statistics", "criteria", "plans"),
+    ("calibration", "formats", "modules", "inventory", "observation", "fidelity"),
     ("edits", "shards", "verification"),
-    ("compression", "evaluation", "serving", "reporting", "cli"),
+    ("compression", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}
@@ -44,8 +45,11 @@ def imports(name: str) -> Iterator[str]:
                 yield node.module
 
 
-def test_every_module_has_its_place() -> None:
-    assert [name for name in MODULES if name not in PLACE] == []
+def test_every_module_has_its_place_and_the_documentation_shows_it() -> None:
+    assert sorted(PLACE) == MODULES
+    page = (Path(__file__).parents[1] / "docs/how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \w+ \| (.*) \|$", page, re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", names)) for _, names in rows] == list(FLOORS)
 
 
 @pytest.mark.parametrize("name", MODULES)

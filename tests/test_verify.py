@@ -380,7 +380,7 @@ def test_a_damaged_manifest_is_refused(out: Path) -> None:
     whole = tiny.read_json(out / MANIFEST_NAME)
     tiny.write_json(out / MANIFEST_NAME, {**whole, "format": "other"})
     refuse(out, "is not in the format reapkit-manifest-1")
-    for key in whole.keys() - {"format", "details", "digests"}:
+    for key in whole.keys() - {"format", "digests"}:
         tiny.write_json(out / MANIFEST_NAME, {name: value for name, value in whole.items() if name != key})
         refuse(out, "reapkit.json in ")
     tiny.write_json(out / MANIFEST_NAME, {**whole, "surplus": 1})

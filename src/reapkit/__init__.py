@@ -1,7 +1,8 @@
 """Expert pruning for Mixture-of-Experts language models: observe, plan, prune, verify, compare.
 
-The verbs of the command line, with the same names and defaults, are the functions exported here; torch is imported by the first one
-that needs it.
+The verbs of the command line are the functions exported here, with the same names and defaults; options that belong together come as
+a `Run` (device, dtype, memory) and a `Target` (how much to remove, by which criterion). torch is imported by the first function that
+needs it.
 """
 
 from __future__ import annotations

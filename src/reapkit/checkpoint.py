@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.errors import CheckpointError, UnsupportedError, UsageError
 from reapkit.tensors import TensorInfo, parse_json, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -149,12 +149,18 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
     path = Path(source)
     if path.is_dir():
         # A snapshot in the hub's cache is named by its commit.
+        if revision is not None:
+            raise UsageError(
+                f"{source} is a folder, which has no revision", hint="leave out --revision, or give a hub id"
+            )
         cached = path.resolve().parent.name == "snapshots"
-        return path, str(source), path.resolve().name if cached else revision
+        return path, str(source), path.resolve().name if cached else None
     if path.exists():
         raise CheckpointError(f"{source} is a file; a checkpoint is a folder with {CONFIG_NAME} and safetensors shards")
     text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or os.sep * 2 in text:
+    # What stands beside existing folders is a mistyped path, not a hub id.
+    mistyped = path.parent != Path() and path.parent.is_dir()
+    if mistyped or text.count("/") != 1 or text.startswith((".", "/", "~")) or os.sep * 2 in text:
         raise CheckpointError(
             f"there is no folder {text!r}", hint="give a checkpoint's folder or a hub id like ORG/NAME"
         )

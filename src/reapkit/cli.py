@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -183,10 +183,12 @@ def observe(
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
     from reapkit.observation import Observation
+    from reapkit.outputs import require_target
 
+    require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code)
     observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision)
-    _note_windows(observation.data.sources, quiet=quiet)
+    _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
     if dry_run:
         _print_estimate(observation.estimate(), as_json=as_json)
         return
@@ -215,7 +217,10 @@ def combine(
     from reapkit.statistics import Statistics, combine
 
     if len(parts) < 2:
-        raise UsageError("combining takes two statistics files or more")
+        raise UsageError(
+            "combining takes two statistics files or more",
+            hint="for example: reapkit combine a.safetensors b.safetensors -o ab.safetensors",
+        )
     statistics = combine([Statistics.load(part) for part in parts])
     statistics.save(output)
     if as_json:
@@ -344,7 +349,9 @@ def compress(
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     if dry_run:
-        _print_estimate(compression.prepare(source, output, target, **text).estimate(), as_json=as_json)
+        observation, manifest = compression.prepare(source, output, target, **text, dequantize=dequantize)
+        _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
+        _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
         return
     with _progress(quiet) as progress:
         result = compression.compress(
@@ -360,6 +367,7 @@ def compress(
             }
         )
     elif not quiet:
+        _note_sources(result.choice.statistics.calibration[0].sources if result.choice.statistics else (), quiet=quiet)
         _print_choice(result.choice)
         _note(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}")
         _print_verification(result.verification)
@@ -386,12 +394,14 @@ def compare(
     verbose: Verbose = False,
 ) -> None:
     """Measure how far a pruned model is from its parent on held-out text."""
-    from reapkit.fidelity import compare, failed_thresholds
+    from reapkit.fidelity import compare, failed_thresholds, parse_thresholds
 
+    limits = parse_thresholds(fail_on) if fail_on else {}
     run = _run(device, dtype, activation_budget, trust_remote_code)
     with _progress(quiet) as progress:
         fidelity = compare(original, pruned, data, run=run, max_length=max_length, seed=seed, progress=progress)
-    failed = failed_thresholds(fidelity, fail_on) if fail_on else []
+    _note_sources(fidelity.sources, quiet=quiet)
+    failed = failed_thresholds(fidelity, limits)
     if as_json:
         _print_json({**fidelity.to_json(), "failed": failed})
     elif not quiet:
@@ -467,20 +477,25 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _print_estimate(estimate: Estimate, *, as_json: bool) -> None:
+def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | None = None) -> None:
+    """The estimate of an observation and, where a checkpoint is to follow, the bytes of its tensors."""
     if as_json:
-        _print_json(estimate.to_json())
+        _print_json({**estimate.to_json(), **({} if output_bytes is None else {"checkpoint_bytes": output_bytes})})
         return
+    beside = " beside the process" if estimate.device == "cpu" else ""
+    written = f"{_size(estimate.output_bytes)} of statistics"
+    if output_bytes is not None:
+        written += f", {_size(output_bytes)} of checkpoint"
     table = _table("what", "estimate")
     rates = f"{estimate.compute_rate:,.0f} tokens/s a layer, {_size(estimate.disk_rate)}/s from disk"
     rows = {
         "tokens": f"{estimate.tokens:,} in {estimate.documents:,} documents",
         "waves": f"{estimate.waves} of {estimate.batches} micro-batches in all",
         "time": f"{_duration(3600 * estimate.hours)} at {rates}",
-        "memory": f"{_size(estimate.device_bytes)} on {estimate.device}, {_size(estimate.held_bytes)} of it activations",
+        "memory": f"{_size(estimate.device_bytes)} on {estimate.device}{beside}, {_size(estimate.held_bytes)} of it activations",
         "dtype": estimate.dtype,
         "read": _size(estimate.read_bytes),
-        "written": _size(estimate.output_bytes),
+        "written": written,
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -528,13 +543,17 @@ def _print_verification(verification: Verification) -> None:
         _note(f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}")
 
 
-def _note_windows(sources: Sequence[Any], *, quiet: bool) -> None:
-    windows = sum(source.windows for source in sources)
-    samples = sum(source.samples for source in sources)
-    if windows > samples and not quiet:
-        _note(
-            f"{samples:,} samples were split into {windows:,} windows of at most --max-length tokens; none was dropped"
-        )
+def _note_sources(sources: Iterable[Mapping[str, Any]], *, quiet: bool) -> None:
+    """What a person should know of the text: what was split, missing or empty."""
+    for source in () if quiet else sources:
+        name, found = _escape(source["source"]), source["samples"] + source["empty"]
+        if split := source["split_samples"]:
+            windows = source["windows"] - (source["samples"] - split)
+            _note(f"{name}: {split:,} long samples were split into {windows:,} windows; nothing was dropped")
+        if source["requested"] is not None and found < source["requested"]:
+            _note(f"{name}: has {found:,} of the {source['requested']:,} samples asked for")
+        if source["empty"]:
+            _note(f"{name}: {source['empty']:,} samples were empty")
 
 
 def _shrinking(manifest: Manifest) -> str:

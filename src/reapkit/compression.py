@@ -115,7 +115,17 @@ def compress(
         progress: told how far it is.
     """
     out = Path(out)
-    observation = prepare(source, out, target, data=data, run=run, max_length=max_length, seed=seed, revision=revision)
+    observation, _ = prepare(
+        source,
+        out,
+        target,
+        data=data,
+        run=run,
+        max_length=max_length,
+        seed=seed,
+        revision=revision,
+        dequantize=dequantize,
+    )
     path = out / OWN_FOLDER / STATISTICS_NAME
     statistics = observed_before(path, observation)
     if statistics is None:
@@ -144,13 +154,20 @@ def prepare(
     max_length: int,
     seed: int,
     revision: str | None,
-) -> Observation:
-    """Everything that can fail before hours of observing are spent: target, output folder, data."""
+    dequantize: bool,
+) -> tuple[Observation, Manifest]:
+    """Whatever can fail before hours of observing are spent: target, output folder, format, space, data.
+
+    Returns:
+        The observation, and the manifest of an output of the same size that keeps other experts.
+    """
     checkpoint = Checkpoint.open(source, revision=revision)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
-    shards.refuse_folder(checkpoint, out)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
-    return Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
+    other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
+    manifest = shards.write(checkpoint, layout, other.plan, out, dequantize=dequantize, dry_run=True)
+    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
+    return observation, manifest
 
 
 def observed_before(path: Path, observation: Observation) -> Statistics | None:

@@ -8,7 +8,7 @@ Shape suffixes: B = documents, D = samples, T = tokens, N = predicted tokens lai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Fidelity:
     Attributes:
         original, pruned: how they were named.
         digest: of the text's tokens.
+        sources: what was read.
         settings: dtype, maximum length, seed.
         overall: all text together, every token counting the same.
         domains: by name.
@@ -87,6 +88,7 @@ class Fidelity:
     original: str
     pruned: str
     digest: str
+    sources: tuple[Mapping[str, Any], ...]
     settings: dict[str, Any]
     overall: DomainFidelity
     domains: dict[str, DomainFidelity]
@@ -95,7 +97,7 @@ class Fidelity:
         return {
             "original": self.original,
             "pruned": self.pruned,
-            "data": {"digest": self.digest, **self.settings},
+            "data": {"digest": self.digest, "sources": list(self.sources), **self.settings},
             "overall": self.overall.to_json(),
             "domains": {name: domain.to_json() for name, domain in self.domains.items()},
         }
@@ -153,6 +155,7 @@ def compare(
         original=str(original),
         pruned=str(pruned),
         digest=text.digest,
+        sources=tuple(source.to_json() for source in text.sources),
         settings={"max_length": max_length, "seed": seed, "dtype": str(dtype).removeprefix("torch.")},
         overall=_summarize(sums_DM, tokens_D, everything),
         domains=domains,
@@ -167,11 +170,10 @@ def _measure(
     per_batch = max(1, LOGITS_BYTES // (4 * first.vocab_size))
     parts = batches(text, tokens_per_batch=min(per_batch, 8192))
     # Both models' activations are held at the same time.
-    budget = (budget or default_budget(first)) // 2
     waves = split_into_waves(
         parts,
-        budget=budget,
-        bytes_per_token=bytes_per_token(first),
+        budget=budget or default_budget(first),
+        bytes_per_token=sum(map(bytes_per_token, models)),
         max_batches=max(1, max_suspended(first.device) // 2),
     )
     total = text.num_tokens * sum(len(model.layers) for model in models)
@@ -284,26 +286,32 @@ def _perplexity(nll: Figure) -> Figure:
     return Figure(value, None if nll.standard_error is None else value * nll.standard_error)
 
 
-def failed_thresholds(fidelity: Fidelity, thresholds: str) -> list[str]:
-    """Sentences for every threshold that the comparison fails: `kl=0.1,top1=0.9` (KL at most, agreement at least).
+def parse_thresholds(text: str) -> dict[str, float]:
+    """The limits in `kl=0.1,top1=0.9`: KL divergence at most, agreement at least.
 
     Raises:
         UsageError: an unknown measure or a value that is not a number.
     """
-    failed = []
-    for part in thresholds.split(","):
-        name, _, text = part.strip().partition("=")
+    limits = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
         if name not in ("kl", "top1"):
             raise UsageError(f"--fail-on has no measure {name!r}", hint=did_you_mean(name, ["kl", "top1"]))
         try:
-            limit = float(text)
+            limits[name] = float(value)
         except ValueError:
             raise UsageError(
                 f"--fail-on {part!r} has no number", hint="for example --fail-on kl=0.1,top1=0.9"
             ) from None
-        value = getattr(fidelity.overall, name).value
-        if name == "kl" and not value <= limit:
-            failed.append(f"kl {value:.4f} nats/token is more than {limit}")
-        if name == "top1" and not value >= limit:
-            failed.append(f"top-1 agreement {value:.4f} is less than {limit}")
+    return limits
+
+
+def failed_thresholds(fidelity: Fidelity, limits: Mapping[str, float]) -> list[str]:
+    """A sentence for every limit that the comparison fails."""
+    failed = []
+    kl, top1 = fidelity.overall.kl.value, fidelity.overall.top1.value
+    if "kl" in limits and not kl <= limits["kl"]:
+        failed.append(f"kl {kl:.4f} nats/token is more than {limits['kl']}")
+    if "top1" in limits and not top1 >= limits["top1"]:
+        failed.append(f"top-1 agreement {top1:.4f} is less than {limits['top1']}")
     return failed

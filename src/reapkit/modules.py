@@ -135,6 +135,7 @@ class StreamedModel:
         self.module = build_meta_model(
             checkpoint.path, origin=checkpoint.origin, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.layers = _decoder_layers(self.module, layout)
         self._conversions = get_model_conversion_mapping(self.module)
         self._state_names = dict.fromkeys(self.module.state_dict())
@@ -155,6 +156,12 @@ class StreamedModel:
     def layer_nbytes(self) -> int:
         """Bytes that the largest layer takes on the device."""
         return max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self.layers)
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes on the device of what runs before the first layer and after the last one, the output projection left out."""
+        size = torch.empty((), dtype=self.dtype).element_size()
+        return sum(info.num_elements for info in self._entry if not self.format.is_companion(info.name)) * size
 
     @property
     def nbytes_per_pass(self) -> int:
@@ -349,22 +356,21 @@ def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remot
             raise UnsupportedError(f"{origin} needs code of its own to run, which was not allowed",
                                    hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
         raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
-    _require_rotary_dim(config, model, origin=origin)
     return model.eval().requires_grad_(False)
 
 
-def _require_rotary_dim(config: Any, model: nn.Module, *, origin: str) -> None:
+def _require_rotary_dim(model: Any, *, origin: str) -> None:
     """Refuse a transformers that ignores `rotary_dim`: 5.17 rotates every dimension of MiniMax-M2's heads, later ones the first half."""
     import transformers
 
-    expected = getattr(config, "rotary_dim", None)
+    expected = getattr(model.config, "rotary_dim", None)
     for module in model.modules():
         frequencies = getattr(module, "inv_freq", None)
         if expected is not None and isinstance(frequencies, Tensor) and 2 * frequencies.numel() != expected:
             raise UnsupportedError(
                 f"transformers {transformers.__version__} rotates {2 * frequencies.numel()} dimensions of a head where {origin} "
                 f"says {expected}",
-                hint="pip install --upgrade transformers",
+                hint="pip install 'transformers>=5.18'",
             )
 
 

@@ -90,7 +90,7 @@ class Estimate:
     Attributes:
         tokens: calibration tokens, padding not counted; documents, batches, waves: how they are cut.
         hours: wall time at the rates measured on this machine in a second or two; an estimate.
-        device_bytes: peak memory on the device; held_bytes: of it, suspended activations.
+        device_bytes: peak memory on the device, on a CPU besides the process itself; held_bytes: of it, suspended activations.
         read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
         compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
         device, dtype: where and in what is computed.
@@ -174,7 +174,7 @@ class Observation:
             batches=len(self.batches),
             waves=len(self.waves),
             hours=seconds / 3600,
-            device_bytes=2 * model.layer_nbytes + held + _batch_bytes(model, self.batches),
+            device_bytes=2 * model.layer_nbytes + model.entry_nbytes + held + _batch_bytes(model, self.batches),
             held_bytes=held,
             read_bytes=read,
             output_bytes=8 * sums * len(self.layout.layers),
@@ -379,7 +379,9 @@ def free_memory(device: torch.device) -> int:
     available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 4 << 30)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        # Cached file pages count as used, and are given back when memory is asked for.
+        counters = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        available = min(available, int(text) - int(used.read_text()) + int(counters["inactive_file"]))
     return available
 
 

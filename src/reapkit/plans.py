@@ -5,6 +5,7 @@ Shape suffixes: E = experts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Scores
 from reapkit.errors import CheckpointError, PlanError, UsageError
 from reapkit.layout import MoELayout
+from reapkit.outputs import write_whole
 from reapkit.statistics import Statistics
 from reapkit.tensors import parse_json
 
@@ -69,17 +71,19 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         sizes = {len(experts) for experts in self.kept.values()}
-        if len(sizes) != 1:
+        if len(sizes) != 1 or sizes == {0}:
             raise PlanError(f"a plan keeps equally many experts in every layer, and this one keeps {sorted(sizes)}")
         for layer, experts in self.kept.items():
-            if (
-                list(experts) != sorted(set(experts))
-                or not experts
-                or not 0 <= experts[0] <= experts[-1] < self.num_experts
-            ):
+            if beyond := [expert for expert in experts if not 0 <= expert < self.num_experts]:
                 raise PlanError(
-                    f"layer {layer} of the plan keeps {list(experts)}, which are not ascending numbers "
-                    f"below {self.num_experts}"
+                    f"layer {layer} of the plan keeps the expert {beyond[0]}, and there are {self.num_experts}",
+                    hint=f"experts are numbered from 0 to {self.num_experts - 1}",
+                )
+            if list(experts) != sorted(set(experts)):
+                odd = next(after for before, after in itertools.pairwise(experts) if after <= before)
+                raise PlanError(
+                    f"layer {layer} of the plan lists the expert {odd} twice or out of order",
+                    hint="list every kept expert once, in ascending order",
                 )
         _require_top_k(self.num_kept, self.num_experts, self.top_k)
 
@@ -133,10 +137,8 @@ class PruningPlan:
         kept = described.pop("kept")
         head = json.dumps(described, indent=2)[: -len("\n}")]
         lines = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in kept.items())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(f'{head},\n  "kept": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
-        partial.replace(path)
+        text = f'{head},\n  "kept": {{\n{lines}\n  }}\n}}\n'
+        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
@@ -192,12 +194,12 @@ def num_kept(
         UsageError: neither or both given, or a value out of range.
     """
     if (ratio is None) == (keep is None):
-        raise UsageError("give either --ratio or --keep")
+        raise UsageError("give either --ratio or --keep", hint="for example --ratio 0.25")
     if keep is None:
         try:
             decimal = Decimal(str(ratio))
         except InvalidOperation:
-            raise UsageError(f"--ratio {ratio!r} is not a number") from None
+            raise UsageError(f"--ratio {ratio!r} is not a number", hint="for example --ratio 0.25") from None
         if not decimal.is_finite() or not 0 <= decimal < 1:
             raise UsageError(f"--ratio {ratio} is not a share of the experts to remove", hint="0.25 removes a quarter")
         keep = num_experts - math.floor(num_experts * decimal)
@@ -284,7 +286,14 @@ def choose(
     """
     criteria.check(criterion)
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
-        return _choose_for_checkpoint(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision)
+        if criterion != criteria.RANDOM:
+            raise UsageError(
+                f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
+                hint="first: reapkit observe SRC --data … -o statistics.safetensors",
+            )
+        checkpoint = Checkpoint.open(source, revision=revision)
+        layout = layouts.resolve(checkpoint, ARCHITECTURES)
+        return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
     if criterion == criteria.RANDOM:
@@ -318,26 +327,21 @@ def plan(
     return choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision).plan
 
 
-def _choose_for_checkpoint(
-    source: str | Path, *, criterion: str, ratio: str | float | None, keep: int | None, seed: int, revision: str | None
+def choose_for_checkpoint(
+    checkpoint: Checkpoint,
+    layout: MoELayout,
+    *,
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    seed: int = 0,
 ) -> Choice:
-    if criterion != criteria.RANDOM:
-        raise UsageError(
-            f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
-            hint=f"first: reapkit observe {source} --data … -o statistics.safetensors",
-        )
-    checkpoint = Checkpoint.open(source, revision=revision)
-    layout = layouts.resolve(checkpoint, ARCHITECTURES)
+    """Choose by the criterion `random`, which needs a checkpoint alone."""
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    routing = checkpoint.fingerprint(layout.router_names)
     plan = PruningPlan(
-        source=PlannedSource(
-            checkpoint.origin,
-            checkpoint.revision,
-            checkpoint.layout_fingerprint,
-            checkpoint.fingerprint(layout.router_names),
-        ),
-        criterion=criterion,
+        source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
+        criterion=criteria.RANDOM,
         num_experts=layout.num_experts,
         top_k=layout.top_k,
         kept=select(scores, keep=count, num_groups=layout.num_groups),

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -25,6 +25,7 @@ from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHE
 from reapkit.edits import Copy, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError
 from reapkit.layout import MoELayout
+from reapkit.outputs import PARTIAL, explained
 from reapkit.plans import PlannedSource, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.tensors import encode_header, parse_json
@@ -32,7 +33,7 @@ from reapkit.tensors import encode_header, parse_json
 FORMAT = "reapkit-manifest-1"
 OWN_FOLDER = "reapkit"
 PLAN_NAME = f"{OWN_FOLDER}/plan.json"
-_PARTIAL = ".partial"
+RESUMED = "once that is cured, repeat the command: it goes on where it stopped"
 # transformers and vLLM both expect this entry in every shard.
 _METADATA = {"format": "pt"}
 # Large enough that calls cost nothing, small enough that progress moves and an interrupt is heard on a slow disk.
@@ -67,7 +68,6 @@ class Manifest:
         routers: tensors that decide the routing: to be left alone by whoever quantises afresh.
         plan: SHA-256 of the plan.
         versions: of the packages that decide the bytes.
-        details: what the caller wants recorded.
         digests: SHA-256 by file name, recorded by the first verification that succeeds; None before.
     """
 
@@ -83,7 +83,6 @@ class Manifest:
     routers: tuple[str, ...]
     plan: str
     versions: Mapping[str, str]
-    details: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] | None = None
 
     def save(self, out: Path) -> None:
@@ -136,7 +135,6 @@ def write(
     base_model: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-    details: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the pruned checkpoint to a new folder, or go on where the same command was interrupted; with `dry_run`, only describe it.
 
@@ -158,7 +156,6 @@ def write(
         routing=routing,
         dequantize=dequantize,
         base_model=base_model,
-        details=details or {},
     )
     index = {
         "metadata": {"total_size": manifest.after.bytes},
@@ -170,9 +167,10 @@ def write(
     }
     refuse_folder(checkpoint, out)
     if dry_run:
+        _require_space(checkpoint, out, manifest.after.bytes)
         return manifest
     command = _identity(checkpoint, manifest)
-    with _explained(out), _claimed(out, command, {*shards, *files, *checkpoint.sidecars, MANIFEST_NAME}):
+    with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *checkpoint.sidecars, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)
         for name, content in files.items():
             write_file(out / name, content)
@@ -192,7 +190,6 @@ def _describe(
     routing: str,
     dequantize: bool,
     base_model: str | None,
-    details: Mapping[str, Any],
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -212,8 +209,7 @@ def _describe(
         dequantized=dequantize,
         routers=layout.router_names,
         plan=hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest(),
-        versions={"reapkit": version("reapkit")},
-        details=details,
+        versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize else ()))},
     )
 
 
@@ -239,7 +235,7 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
     """Raise OutputError unless the output folder is new, empty (but for reapkit's own folder) or an interrupted run's, and apart from the
     source.
     """
-    with _explained(out):
+    with explained(out, hint=RESUMED):
         source, target = checkpoint.path.resolve(), out.resolve()
         if target == source:
             raise OutputError(f"the output {out} is the source itself", hint="give another folder")
@@ -252,7 +248,7 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
         if not out.exists() or (out / UNFINISHED_NAME).exists():
             return
         found = sorted(
-            entry.name for entry in out.iterdir() if entry.name not in (OWN_FOLDER, UNFINISHED_NAME + _PARTIAL)
+            entry.name for entry in out.iterdir() if entry.name not in (OWN_FOLDER, UNFINISHED_NAME + PARTIAL)
         )
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -311,24 +307,11 @@ def _refuse_other_command(out: Path, text: bytes, command: Mapping[str, Any]) ->
 def _refuse_foreign_files(out: Path, expected: set[str]) -> None:
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_file() and not name.startswith(OWN_FOLDER + "/") and name.removesuffix(_PARTIAL) not in expected:
+        if path.is_file() and not name.startswith(OWN_FOLDER + "/") and name.removesuffix(PARTIAL) not in expected:
             raise OutputError(
                 f"the unfinished output {out} holds {name}, which this command does not write",
                 hint="remove it, or give a new folder",
             )
-
-
-@contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"writing to {out} stopped: {reason}",
-            hint="once that is cured, repeat the command: it goes on where it stopped",
-        ) from error
 
 
 def _write_shards(
@@ -365,9 +348,10 @@ def _is_whole(path: Path, size: int, header: bytes) -> bool:
 
 def _require_space(checkpoint: Checkpoint, out: Path, missing: int) -> None:
     # What an interrupted run left of a shard is written over, so its space counts as free.
-    partial = sum(path.stat().st_size for path in out.glob(f"*.safetensors{_PARTIAL}"))
+    partial = sum(path.stat().st_size for path in out.glob(f"*.safetensors{PARTIAL}"))
     needed = missing + sum((checkpoint.path / name).stat().st_size for name in checkpoint.sidecars)
-    free = shutil.disk_usage(out).free + partial
+    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free + partial
     if needed > free:
         raise OutputError(
             f"{out} needs {needed / 1e9:,.3f} GB and its disk has {free / 1e9:,.3f} GB free",
@@ -457,7 +441,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[FileIO]:
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb", buffering=0) as stream:
         yield stream
         os.fsync(stream.fileno())

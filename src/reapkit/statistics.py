@@ -8,7 +8,6 @@ would have differed on other calibration text of the same kind.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from reapkit.errors import DataError, PlanError, ReapkitError
+from reapkit.outputs import write_whole
 from reapkit.tensors import read_header
 
 Array = NDArray[np.float64]
@@ -122,7 +122,11 @@ class Statistics:
         return sum(record.tokens for record in self.calibration)
 
     def save(self, path: Path) -> None:
-        """Write to one safetensors file; it appears under its name only when it is whole."""
+        """Write to one safetensors file; it appears under its name only when it is whole.
+
+        Raises:
+            OutputError: the system refuses.
+        """
         arrays = {
             f"layers.{index}.{part.name}": np.ascontiguousarray(getattr(layer, part.name))
             for index, layer in self.layers.items()
@@ -134,15 +138,14 @@ class Statistics:
         described["calibration"] = [vars(record) for record in self.calibration]
         # One entry: the library writes several in an order that changes from run to run.
         metadata = {FORMAT: json.dumps(described, sort_keys=True)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(arrays, partial, metadata=metadata)
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        def write(partial: Path) -> None:
+            try:
+                save_file(arrays, partial, metadata=metadata)
+            except SafetensorError as error:  # how the library passes on what the system refuses
+                raise OSError(None, str(error)) from error
+
+        write_whole(path, write)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -20,6 +20,7 @@ from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
+    MANIFEST_NAME,
     Checkpoint,
     is_inside,
     read_config,
@@ -29,6 +30,7 @@ from reapkit.checkpoint import (
 )
 from reapkit.errors import CheckpointError, ReapkitError
 from reapkit.layout import MoELayout, resolve
+from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo, nbytes, parse_json, read_header
@@ -96,7 +98,10 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
     if manifest.digests is not None:
         found.compare_digests(manifest.digests)
     elif not found.problems:
-        replace(manifest, digests=dict(sorted(found.digests.items()))).save(out)
+        with explained(
+            out / MANIFEST_NAME, hint="the output is as it should be; recording its digests needs a writable folder"
+        ):
+            replace(manifest, digests=dict(sorted(found.digests.items()))).save(out)
     num_tensors = sum(len(header) for header in found.headers.values())
     return Verification(tuple(dict.fromkeys(found.problems)), num_tensors, found.num_bytes, original is not None)
 
