@@ -1,7 +1,7 @@
 # make demo         from nothing: install, compress the bundled model by 25 % and 30 %, verify, compare, print the table
-# make test         from nothing: install, lint, type-check, run every fast test
+# make test         from nothing: install, lint, type-check, run every test but those that serve
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
-# make bench        what the benchmarks promise, measured
+# make bench        peak memory of observing 4 and 16 layers; fails if it grows with the depth
 # make clean        remove what the above left
 
 PYTHON ?= python3
