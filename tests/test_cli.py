@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from reapkit import cli, shards
 from reapkit.cli import app, parse_size
 from reapkit.errors import UsageError
-from tiny import add_tokenizer, make_fp8, make_m2, read_json
+from tiny import add_tokenizer, make_fp8, make_m2, read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +280,28 @@ def test_quiet_prints_nothing_and_progress_goes_to_standard_error(model: Path, t
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
     spoken = run("observe", model, "--data", text, "-o", tmp_path / "b")
     assert spoken.stdout == "" and "tokens x layers" in spoken.stderr
+
+
+def test_code_that_comes_with_a_checkpoint_does_not_run_unless_allowed(
+    model: Path, text: Path, statistics: Path, tmp_path: Path
+) -> None:
+    trapped, trap = tmp_path / "trapped", tmp_path / "sprung"
+    shutil.copytree(model, trapped)
+    code = f"open({str(trap)!r}, 'w')\nfrom transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM\n"
+    (trapped / "remote.py").write_text(code)
+    classes = {"AutoConfig": "remote.MiniMaxM2Config", "AutoModelForCausalLM": "remote.MiniMaxM2ForCausalLM"}
+    config = read_json(trapped / "config.json")
+    write_json(trapped / "config.json", {**config, "auto_map": classes})
+    for arguments in (
+        ("inspect", trapped),
+        ("observe", trapped, "--data", text, "-o", tmp_path / "s.safetensors"),
+        ("compress", trapped, "--data", text, "--keep", "4", "-o", tmp_path / "out"),
+        ("verify", tmp_path / "out"),
+        ("compare", trapped, tmp_path / "out", "--data", text),
+    ):
+        assert run(*arguments).exit_code == 0, arguments
+    assert not trap.exists()
+    assert (tmp_path / "out/remote.py").read_text() == code
 
 
 def test_inspect_and_list_print_tables_and_json(model: Path) -> None:
