@@ -37,6 +37,9 @@ HELD_STATES = 2
 # On a CPU every suspended forward keeps a team of OpenMP threads of its own, about a megabyte each: without a bound, 2,000 micro-batches
 # on 64 cores would be 128,000 threads. Fewer mean more waves, so more reading, which the computing hides.
 MAX_THREADS = 1024
+# Share of a matrix product's rate that a whole layer reaches: gathering, attention and small groups cost the rest. m2-nano on two CPU
+# cores reaches about a quarter, a MiniMax-M2 layer on an H100 about a third. Erring low makes the estimate of the time too long.
+LAYER_EFFICIENCY = 0.3
 # Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries.
 BUDGET_SHARE = 0.4
 
@@ -409,7 +412,7 @@ def _flops_per_token(model: StreamedModel) -> float:
 
 
 def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of a square matrix product, halved: gathering, attention and small groups keep a layer from reaching it."""
+    """Rate that a layer may be expected to reach, from that of a square matrix product."""
     size = 4096 if device.type == "cuda" else 768
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     matrix @ matrix
@@ -420,7 +423,7 @@ def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         count += 10
-    return 0.5 * count * 2 * size**3 / elapsed
+    return LAYER_EFFICIENCY * count * 2 * size**3 / elapsed
 
 
 def _measure_disk(checkpoint: Checkpoint) -> float:
