@@ -98,7 +98,10 @@ def _verb(function: Function) -> Function:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _note("interrupted; the same command goes on where this one stopped, as far as it can")
+            resumes = function.__name__ in ("prune", "compress")
+            _note(
+                "interrupted" + ("; the same command goes on after the last finished stage or file" if resumes else "")
+            )
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     app.command(function.__name__.rstrip("_"))(run)
