@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,33 @@ def test_compress_refuses_a_format_and_a_full_disk_before_it_observes(
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
     refused = run(*arguments)
     assert refused.exit_code == 1 and "GB free" in refused.stderr
+
+
+def test_a_resumed_compress_asks_for_the_missing_space_only(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("compress", model, "--data", text, "--keep", "4", "-o", out)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_file", stop_after_shards(shards.write_file))
+        assert run(*arguments).exit_code == 130
+    assert list(out.glob("*.safetensors"))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    fresh = run(*arguments[:-1], tmp_path / "fresh")
+    assert fresh.exit_code == 1 and "GB free" in fresh.stderr
+
+
+def stop_after_shards(write_file: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
+    """A `write_file` that is interrupted at the index, which comes after the last shard."""
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name.endswith(".index.json"):
+            raise KeyboardInterrupt
+        write_file(path, content)
+
+    return write
 
 
 def test_a_threshold_that_cannot_be_read_is_refused_before_anything_is_compared(

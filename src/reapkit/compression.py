@@ -166,8 +166,7 @@ def prepare(
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
     manifest = shards.write(checkpoint, layout, other.plan, out, dequantize=dequantize, dry_run=True)
-    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
-    return observation, manifest
+    return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
 
 
 def observed_before(path: Path, observation: Observation) -> Statistics | None:

@@ -121,7 +121,7 @@ class Observation:
     """A model, its calibration text and the waves in which it will be observed.
 
     Args:
-        source: a checkpoint's folder or hub id.
+        source: a checkpoint, its folder or hub id.
         data: `--data` arguments.
         run: device, dtype and memory.
         max_length: tokens per document; longer samples are split into windows.
@@ -131,7 +131,7 @@ class Observation:
 
     def __init__(
         self,
-        source: str | Path,
+        source: Checkpoint | str | Path,
         data: Sequence[str],
         *,
         run: Run,
@@ -140,7 +140,7 @@ class Observation:
         revision: str | None = None,
     ) -> None:
         device, dtype = run.resolve()
-        self.checkpoint = Checkpoint.open(source, revision=revision)
+        self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
         self.layout = layouts.resolve(self.checkpoint, ARCHITECTURES)
         tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=run.trust_remote_code)
         self.data: CalibrationData = load(data, tokenizer, max_length=max_length, seed=seed)

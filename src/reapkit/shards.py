@@ -167,7 +167,9 @@ def write(
     }
     refuse_folder(checkpoint, out)
     if dry_run:
-        _require_space(checkpoint, out, manifest.after.bytes)
+        # What an interrupted run has written already needs no space any more.
+        written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        _require_space(checkpoint, out, manifest.after.bytes - written)
         return manifest
     command = _identity(checkpoint, manifest)
     with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *checkpoint.sidecars, MANIFEST_NAME}):
