@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tiny
+from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError
 from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
@@ -228,7 +229,10 @@ def test_remote_code_is_not_run_unasked(m2: Path, tmp_path: Path) -> None:
     folder = with_tensors(m2, tmp_path / "m2", lambda tensors: None, auto_map=auto_map)
     assert "SystemExit" in (folder / "modeling_minimax_m2.py").read_text()
     checkpoint = Checkpoint.open(folder)
-    assert type(build_meta_model(folder, origin="m2", dtype=torch.float32)).__name__ == "MiniMaxM2ForCausalLM"
+    assert (
+        type(build_meta_model(folder, ARCHITECTURES[0], origin="m2", dtype=torch.float32)).__name__
+        == "MiniMaxM2ForCausalLM"
+    )
     assert load_tokenizer(checkpoint)("ab")["input_ids"]
 
 

@@ -161,3 +161,67 @@ def test_a_random_plan_depends_on_its_seed_alone(m2: Path) -> None:
     first, again, other = (plans.choose(m2, criterion="random", keep=5, seed=seed).plan for seed in (1, 1, 2))
     assert first == again and first.kept != other.kept
     assert first.seed == 1 and first.source.origin == str(m2)
+
+
+# ---- MTP layers, which no calibration runs
+
+
+def test_mtp_layers_take_the_kept_set_of_the_last_layer_by_default_and_say_so() -> None:
+    whole = plan().with_mtp([4, 5])
+    assert whole.kept == {0: (1, 2, 5), 3: (0, 1, 7), 4: (0, 1, 7), 5: (0, 1, 7)}
+    assert whole.unmeasured == {4: 3, 5: 3}
+    assert whole.with_mtp([4, 5]) is whole
+    assert plan().with_mtp([]) == plan()
+
+
+def test_mtp_layers_take_the_kept_set_of_a_named_layer() -> None:
+    for spelling in ("same-as-layer-0", "same-as-layer 0", "same-as-layer=0"):
+        whole = plan().with_mtp([4]).with_mtp([4], spelling)
+        assert (whole.kept[4], whole.unmeasured) == ((1, 2, 5), {4: 0})
+    with pytest.raises(UsageError, match="layer 4 has no experts of its own choice in the plan"):
+        plan().with_mtp([4]).with_mtp([4], "same-as-layer-4")
+    with pytest.raises(UsageError, match="'same-as-first' is not one of: same-as-last, same-as-layer-N or drop"):
+        plan().with_mtp([4], "same-as-first")
+    with pytest.raises(UsageError, match="the checkpoint has no MTP layers with experts"):
+        plan().with_mtp([], "same-as-last")
+
+
+def test_dropped_mtp_layers_leave_the_plan() -> None:
+    dropped = plan().with_mtp([4]).with_mtp([4], "drop")
+    assert dropped.drop_mtp and dropped.kept == plan().kept and dropped.unmeasured == {}
+    assert dropped.with_mtp([4]) is dropped
+    assert dropped.with_mtp([4], "same-as-last") == plan().with_mtp([4])
+
+
+def test_what_a_person_chose_for_an_mtp_layer_is_left_alone() -> None:
+    edited = plan(kept={0: (1, 2, 5), 3: (0, 1, 7), 4: (2, 3, 4)})
+    assert edited.with_mtp([4]) is edited
+
+
+def test_a_saved_plan_remembers_what_was_not_measured(tmp_path: Path) -> None:
+    for saved in (plan().with_mtp([4]), plan().with_mtp([4], "drop")):
+        saved.save(tmp_path / "plan.json")
+        assert PruningPlan.load(tmp_path / "plan.json") == saved
+    with pytest.raises(PlanError, match="layer 4 of the plan does not keep the experts of layer 3, as it says"):
+        plan(kept={3: (0, 1, 7), 4: (0, 1, 6)}, unmeasured={4: 3})
+
+
+# ---- router groups
+
+
+def test_groups_must_keep_equally_many_and_enough_to_route_to(plan_for: PlanFor, m2: Path) -> None:
+    _, layout, fitting = plan_for(m2, 4)
+    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
+    grouped = replace(layout, num_groups=2, topk_groups=1)
+    even = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 3, 5, 6)))
+    even.require_fits(grouped, **prints)
+    uneven = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 1, 2, 7)))
+    with pytest.raises(PlanError, match="layer 0 of the plan keeps 1 to 3 experts per router group") as caught:
+        uneven.require_fits(grouped, **prints)
+    assert caught.value.hint == "keep 2 in each of the 2 groups"
+    few = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 1, 4, 5)), top_k=3)
+    with pytest.raises(PlanError, match="leaves 2 in each of 2 router groups, and 3 are needed"):
+        few.require_fits(replace(grouped, top_k=3), **prints)
+    with pytest.raises(PlanError, match="leaves 1 in each of 4 router groups, and 2 are needed") as caught:
+        plans.require_target(replace(layout, num_groups=4, topk_groups=4), criterion="reap", ratio=None, keep=4)
+    assert caught.value.hint == "keep at least 8"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +23,11 @@ from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.edits import OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, PlanError, UnsupportedError, UsageError
-from reapkit.layout import MoELayout, resolve
+from reapkit.layout import MoELayout, StackedTensor, resolve
 from reapkit.plans import PruningPlan
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo
+from reapkit.verification import verify
 
 KEEP = 5
 
@@ -325,6 +326,8 @@ def test_dequantising_without_a_scale_names_the_weight(plan_for: PlanFor, m2_fp8
 
 # ---- the config, where it is not the common case
 
+SIX = dict.fromkeys(range(3), tuple(range(6)))
+
 
 def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_looks_like_it(m2: Path) -> None:
     layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
@@ -337,7 +340,7 @@ def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_l
         "flag": True,
         "eps": 1e-6,
     }
-    assert edits.edit_config(config, layout, 6) == {
+    assert edits.edit_config(config, layout, SIX) == {
         "num_local_experts": 6,
         "num_experts": 6,
         "num_experts_per_tok": 8,
@@ -351,12 +354,14 @@ def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_l
 def test_dequantising_removes_quantisation_at_every_depth_and_sets_the_dtype_key_that_is_there(m2: Path) -> None:
     layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
     config = {"torch_dtype": "float8", "quantization_config": {}, "text_config": {"quantization_config": {}, "a": 1}}
-    assert edits.edit_config(config, layout, 6, dequantize=True) == {"torch_dtype": "bfloat16", "text_config": {"a": 1}}
-    assert edits.edit_config({"a": 1}, layout, 6, dequantize=True) == {"a": 1}
-    nested = replace(layout, architecture=replace(layout.architecture, config_section="text_config"))
+    assert edits.edit_config(config, layout, SIX, dequantize=True) == {
+        "torch_dtype": "bfloat16",
+        "text_config": {"a": 1},
+    }
+    assert edits.edit_config({"a": 1}, layout, SIX, dequantize=True) == {"a": 1}
     config = {"text_config": {"dtype": "float8"}, "vision_config": {"dtype": "float16"}}
     expected = {"text_config": {"dtype": "bfloat16"}, "vision_config": {"dtype": "float16"}}
-    assert edits.edit_config(config, nested, 6, dequantize=True) == expected
+    assert edits.edit_config(config, layout, SIX, dequantize=True) == expected
 
 
 def test_the_config_keeps_its_own_formatting(m2: Path, tmp_path: Path, plan_for: PlanFor) -> None:
@@ -373,6 +378,113 @@ def test_the_config_keeps_its_own_formatting(m2: Path, tmp_path: Path, plan_for:
     assert (tmp_path / "out" / "config.json").read_text() == text.replace(
         '"num_local_experts" :8', '"num_local_experts" :5'
     )
+
+
+# ---- names of single experts, where a quantiser lists them
+
+
+def test_lists_of_modules_follow_their_experts(m2: Path) -> None:
+    layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
+    kept = {0: (0, 2, 3, 5, 6, 7), 1: (0, 1, 2, 3, 4, 5), 2: (2, 3, 4, 5, 6, 7)}
+    block = "model.layers.{}.block_sparse_moe.experts.{}"
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*\\.experts\\.\\d+\\.w1",
+            block.format(0, 1),
+            block.format(0, 5) + ".w2",
+            "language_model." + block.format(2, 7) + ".w1",
+            "re:.*layers\\.2\\..*experts\\.(2|1)\\.w3",
+        ],
+        "config_groups": {"group_0": {"targets": ["Linear", block.format(1, 5) + ".w1"], "weights": {"num_bits": 4}}},
+        "dynamic": {"-:.*experts\\.3\\.w1$": {}, "+:.*": {"bits": 8}, "-:.*lm_head": {}},
+        "exclude_modules": ["*experts.7*", "model.layers.0*"],
+    }
+    config = {
+        "num_local_experts": 8,
+        "quantization_config": quantization,
+        "text_config": {"quantization_config": quantization},
+    }
+    edited = edits.edit_config(config, layout, kept)
+    assert edited["text_config"]["quantization_config"] == edited["quantization_config"]
+    assert edited["quantization_config"] == {
+        "quant_method": "compressed-tensors",
+        "ignore": [
+            "lm_head",
+            "re:.*self_attn.*",
+            "re:.*\\.experts\\.\\d+\\.w1",
+            block.format(0, 3) + ".w2",
+            "language_model." + block.format(2, 5) + ".w1",
+            block.format(2, 0) + ".w3",
+        ],
+        "config_groups": {"group_0": {"targets": ["Linear", block.format(1, 5) + ".w1"], "weights": {"num_bits": 4}}},
+        "dynamic": {
+            f"-:^{re.escape(block.format(0, 2) + '.w1')}$": {},
+            f"-:^{re.escape(block.format(1, 3) + '.w1')}$": {},
+            f"-:^{re.escape(block.format(2, 1) + '.w1')}$": {},
+            "+:.*": {"bits": 8},
+            "-:.*lm_head": {},
+        },
+        "exclude_modules": [
+            *(block.format(0, 5) + part for part in (".w1", ".w2", ".w3")),
+            *(block.format(2, 5) + part for part in (".w1", ".w2", ".w3")),
+            "model.layers.0*",
+        ],
+    }
+
+
+def test_a_pattern_that_is_none_is_named(m2: Path) -> None:
+    layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
+    with pytest.raises(CheckpointError, match=r"the quantisation's pattern 're:\(' is not a regular expression"):
+        edits.edit_config({"quantization_config": {"ignore": ["re:("]}}, layout, SIX)
+
+
+def test_the_quantisers_own_file_follows_too_and_verify_holds_it_to_that(
+    m2_fp8: Path, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(m2_fp8, tmp_path / "source"))
+    _, _, plan = plan_for(source, KEEP)
+    stale, stays = sorted(set(range(8)) - set(plan.kept[1]))[0], plan.kept[1][-1]
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1"
+    listed = {"quantization": {"exclude_modules": ["lm_head", name.format(stale), name.format(stays)]}}
+    tiny.write_json(source / "hf_quant_config.json", listed)
+    shards.write(*plan_for(source, KEEP), tmp_path / "out")
+    assert tiny.read_json(tmp_path / "out/hf_quant_config.json") == {
+        "quantization": {"exclude_modules": ["lm_head", name.format(KEEP - 1)]}
+    }
+    assert verify(tmp_path / "out").ok
+    tiny.write_json(tmp_path / "out/hf_quant_config.json", listed)
+    problems = verify(tmp_path / "out", source=source).problems
+    assert "hf_quant_config.json does not follow from the source's" in problems
+    shards.write(*plan_for(source, KEEP), tmp_path / "bf16", dequantize=True)
+    assert not (tmp_path / "bf16/hf_quant_config.json").exists()
+    assert verify(tmp_path / "bf16").ok
+
+
+def test_a_kept_expert_without_its_scale_stops_the_run_unless_it_is_allowed(
+    m2_fp8: Path, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(m2_fp8, tmp_path / "source"))
+    _, _, plan = plan_for(source, KEEP)
+    dropped = sorted(set(range(8)) - set(plan.kept[1]))[0]
+    index = tiny.read_json(source / "model.safetensors.index.json")
+    scale = "model.layers.1.block_sparse_moe.experts.{}.w3.weight_scale_inv"
+    del index["weight_map"][scale.format(dropped)]
+    tiny.write_json(source / "model.safetensors.index.json", index)
+    shards.write(*plan_for(source, KEEP), tmp_path / "of-a-dropped-expert")
+    del index["weight_map"][scale.format(plan.kept[1][2])]
+    tiny.write_json(source / "model.safetensors.index.json", index)
+    with pytest.raises(CheckpointError) as caught:
+        shards.write(*plan_for(source, KEEP), tmp_path / "out")
+    assert caught.value.message == (
+        f"1 kept experts lack scales that other experts have: layer 1, expert {plan.kept[1][2]}: w3.weight_scale_inv"
+    )
+    assert "--allow-missing-scales" in str(caught.value.hint)
+    shards.write(*plan_for(source, KEEP), tmp_path / "out", allow_missing_scales=True)
+    assert scale.format(2) not in tiny.load_tensors(tmp_path / "out")
+    assert verify(tmp_path / "out").ok
 
 
 # ---- bytes
@@ -413,7 +525,7 @@ def test_experts_along_any_axis_are_taken_byte_for_byte(tmp_path: Path, axis: in
     (tmp_path / "x").write_bytes(b"12345678" + raw(stacked))
     info = TensorInfo("x", "BF16", (4, 4, 4), "x", 8, 8 + 128)
     checkpoint = Checkpoint(tmp_path, {}, {"x": info}, (), "x")
-    take = Take(info, axis, (0, 1, 3))
+    take = Take(info, axis, 4, (0, 1, 3))
     expected = raw(stacked.index_select(axis, torch.tensor([0, 1, 3])))
     assert bytes(edits.compute(checkpoint, take)) == expected
     if axis == 0:
@@ -425,7 +537,7 @@ def test_experts_along_any_axis_are_taken_byte_for_byte(tmp_path: Path, axis: in
 
 def test_experts_that_do_not_begin_at_whole_bytes_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"the experts in 'x' \(F4 \[2, 8\]\) do not begin at whole bytes"):
-        edits._take(TensorInfo("x", "F4", (2, 8), "x", 8, 16), 1, (0,))
+        edits._take(StackedTensor(TensorInfo("x", "F4", (2, 8), "x", 8, 16), 1, "expert", 8, 8), (0,))
 
 
 def test_progress_counts_every_byte_of_the_shards_once(plan_for: PlanFor, m2: Path, tmp_path: Path) -> None:

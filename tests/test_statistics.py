@@ -37,6 +37,7 @@ def statistics(seed: int = 0, domains: tuple[str, ...] = ("a", "b"), **changes: 
         "num_experts": NUM_EXPERTS,
         "top_k": 2,
         "num_groups": 1,
+        "unobserved": (),
         "domains": domains,
         "settings": {"dtype": "float32", "max_length": 2048},
         "calibration": (record,),

@@ -16,9 +16,9 @@ SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "outputs", "tensors"),
-    ("checkpoint", "layout", "architectures"),
+    ("checkpoint", "quantization", "layout", "architectures"),
     ("statistics", "criteria", "plans"),
-    ("calibration", "formats", "modules", "inventory", "observation", "fidelity"),
+    ("calibration", "formats", "experts", "modules", "inventory", "observation", "fidelity"),
     ("edits", "shards", "verification"),
     ("compression", "cli"),
 )

@@ -275,14 +275,10 @@ def _is_own_or_weight(entry: Path, root: Path) -> bool:
     return own or entry.suffix in _WEIGHT_SUFFIXES | _ATTACHMENT_SUFFIXES or entry.name.endswith(".index.json")
 
 
-def section_of(config: Mapping[str, Any], section: str | None) -> Mapping[str, Any]:
-    """The part of a config that describes the language model: itself, or a nested table such as `text_config`."""
-    if section is None:
-        return config
-    value = config.get(section)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{CONFIG_NAME} has no table {section!r}")
-    return value
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: `text_config` in models that also see or hear, else the whole."""
+    section = config.get("text_config")
+    return section if isinstance(section, dict) else config
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

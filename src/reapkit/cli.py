@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from reapkit.fidelity import Figure
+    from reapkit.layout import Architecture
     from reapkit.observation import Estimate, Run
     from reapkit.plans import Choice
     from reapkit.progress import Progress
@@ -76,6 +77,10 @@ Seed = Annotated[int, typer.Option(metavar="N", help="of the choice of samples a
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="write quantised weights as bf16")]
+Mtp = Annotated[
+    str | None,
+    typer.Option("--mtp", metavar="POLICY", help="MTP layers with experts: same-as-last (the default), same-as-layer-N or drop"),
+]  # fmt: skip
 BaseModel = Annotated[str | None, typer.Option(metavar="ID", help="hub id to record as the parent")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
@@ -192,6 +197,7 @@ def observe(
     run = _run(device, dtype, activation_budget, trust_remote_code)
     observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision)
     _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
+    _note_caution(observation.layout.architecture, quiet=quiet)
     if dry_run:
         _print_estimate(observation.estimate(), as_json=as_json)
         return
@@ -270,6 +276,10 @@ def prune(
     ],
     dequantize: Dequantize = False,
     base_model: BaseModel = None,
+    mtp: Mtp = None,
+    allow_missing_scales: Annotated[
+        bool, typer.Option("--allow-missing-scales", help="go on where a kept expert lacks a scale that others have")
+    ] = False,
     revision: Revision = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -286,6 +296,8 @@ def prune(
             output,
             dequantize=dequantize,
             base_model=base_model,
+            mtp=mtp,
+            allow_missing_scales=allow_missing_scales,
             revision=revision,
             dry_run=dry_run,
             progress=progress,
@@ -295,6 +307,7 @@ def prune(
     elif not quiet:
         verb = "would write" if dry_run else "wrote"
         _note(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}")
+        _note_unmeasured(manifest)
 
 
 @_verb
@@ -339,6 +352,7 @@ def compress(
     trust_remote_code: TrustRemoteCode = False,
     dequantize: Dequantize = False,
     base_model: BaseModel = None,
+    mtp: Mtp = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -352,13 +366,14 @@ def compress(
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     if dry_run:
-        observation, manifest = compression.prepare(source, output, target, **text, dequantize=dequantize)
+        observation, manifest = compression.prepare(source, output, target, **text, dequantize=dequantize, mtp=mtp)
         _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
+        _note_caution(observation.layout.architecture, quiet=quiet)
         _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
         return
     with _progress(quiet) as progress:
         result = compression.compress(
-            source, output, target, **text, dequantize=dequantize, base_model=base_model, progress=progress
+            source, output, target, **text, dequantize=dequantize, base_model=base_model, mtp=mtp, progress=progress
         )
     if as_json:
         _print_json(
@@ -371,8 +386,10 @@ def compress(
         )
     elif not quiet:
         _note_sources(result.choice.statistics.calibration[0].sources if result.choice.statistics else (), quiet=quiet)
+        _note_caution(result.architecture, quiet=quiet)
         _print_choice(result.choice)
         _note(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}")
+        _note_unmeasured(result.manifest)
         _print_verification(result.verification)
     if not result.verification.ok:
         raise typer.Exit(EXIT_ANSWERED_NO)
@@ -435,10 +452,17 @@ def list_(
     if as_json:
         _print_json(rows)
         return
-    table = _table(*rows[0], numbers=False)
+    # Notes are sentences: below the table, each once.
+    columns = [name for name in rows[0] if name != "note"]
+    table = _table(*columns, numbers=False)
+    notes: dict[str, list[str]] = {}
     for row in rows:
-        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row.values()))
+        table.add_row(*(", ".join(row[name]) if isinstance(row[name], list) else row[name] for name in columns))
+        if note := row.get("note"):
+            notes.setdefault(note, []).append(row[columns[0]])
     out.print(table)
+    for note, names in notes.items():
+        out.print(f"{', '.join(names)}: {note}", highlight=False, soft_wrap=True)
 
 
 def _listings() -> dict[str, list[dict[str, Any]]]:
@@ -451,10 +475,7 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
     criteria.append(
         {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
     )
-    architectures = [
-        {"family": entry.name, "model_type": list(entry.model_types), "routing": entry.scoring}
-        for entry in ARCHITECTURES
-    ]
+    architectures = [entry.to_json() for entry in ARCHITECTURES]
     return {"architectures": architectures, "criteria": criteria}
 
 
@@ -544,6 +565,22 @@ def _print_verification(verification: Verification) -> None:
     if verification.ok:
         against = "its source, byte for byte" if verification.against_source else "its recorded digests"
         _note(f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}")
+
+
+def _note_caution(architecture: Architecture, *, quiet: bool) -> None:
+    """What text alone cannot measure in this family."""
+    if architecture.caution and not quiet:
+        _note(f"[bold]note:[/] {architecture.name}: {architecture.caution}")
+
+
+def _note_unmeasured(manifest: Manifest) -> None:
+    """What a person should know of experts that no calibration text went through, and of a plan made elsewhere."""
+    for layer, like in manifest.unmeasured.items():
+        _note(f"MTP layer {layer} was not measured: it keeps the experts of layer {like}")
+    if manifest.drop_mtp:
+        _note("the MTP layers were removed")
+    if manifest.observed_layout != manifest.source.layout:
+        _note("the plan was made from a sibling with other tensors and the same routers")
 
 
 def _note_sources(sources: Iterable[Mapping[str, Any]], *, quiet: bool) -> None:

@@ -11,6 +11,7 @@ from reapkit import plans, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
+from reapkit.layout import Architecture
 from reapkit.observation import Observation, Run
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
@@ -40,6 +41,7 @@ class Target:
 class Compression:
     """What each stage brought."""
 
+    architecture: Architecture
     statistics: Path
     choice: Choice
     manifest: Manifest
@@ -53,6 +55,8 @@ def prune(
     *,
     dequantize: bool = False,
     base_model: str | None = None,
+    mtp: str | None = None,
+    allow_missing_scales: bool = False,
     revision: str | None = None,
     dry_run: bool = False,
     progress: Progress = silent,
@@ -65,6 +69,9 @@ def prune(
         out: a new folder; an interrupted run's is gone on with.
         dequantize: write quantised weights as bf16 instead.
         base_model: the hub id to record as the parent.
+        mtp: what becomes of MTP layers with experts, which calibration never runs: `same-as-last` (the kept set of the last decoder
+            layer; the default), `same-as-layer-N`, or `drop`.
+        allow_missing_scales: go on where a kept expert lacks a scale that others have.
         revision: of a hub id.
         dry_run: check and describe, and write nothing.
         progress: told how far it is.
@@ -83,6 +90,8 @@ def prune(
         Path(out),
         dequantize=dequantize,
         base_model=base_model,
+        mtp=mtp,
+        allow_missing_scales=allow_missing_scales,
         dry_run=dry_run,
         progress=progress,
     )
@@ -100,6 +109,7 @@ def compress(
     revision: str | None = None,
     dequantize: bool = False,
     base_model: str | None = None,
+    mtp: str | None = None,
     progress: Progress = silent,
 ) -> Compression:
     """Observe, plan, prune and verify.
@@ -111,7 +121,7 @@ def compress(
         out: a new folder.
         target: how much to remove, by which criterion.
         data, run, max_length, seed, revision: as in `observe`.
-        dequantize, base_model: as in `prune`.
+        dequantize, base_model, mtp: as in `prune`.
         progress: told how far it is.
     """
     out = Path(out)
@@ -125,6 +135,7 @@ def compress(
         seed=seed,
         revision=revision,
         dequantize=dequantize,
+        mtp=mtp,
     )
     path = out / OWN_FOLDER / STATISTICS_NAME
     statistics = observed_before(path, observation)
@@ -139,9 +150,16 @@ def compress(
         out,
         dequantize=dequantize,
         base_model=base_model,
+        mtp=mtp,
         progress=progress,
     )
-    return Compression(path, choice, manifest, verify(out, source=observation.checkpoint.path, progress=progress))
+    return Compression(
+        observation.layout.architecture,
+        path,
+        choice,
+        manifest,
+        verify(out, source=observation.checkpoint.path, progress=progress),
+    )
 
 
 def prepare(
@@ -155,6 +173,7 @@ def prepare(
     seed: int,
     revision: str | None,
     dequantize: bool,
+    mtp: str | None,
 ) -> tuple[Observation, Manifest]:
     """Whatever can fail before hours of observing are spent: target, output folder, format, space, data.
 
@@ -165,7 +184,7 @@ def prepare(
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
-    manifest = shards.write(checkpoint, layout, other.plan, out, dequantize=dequantize, dry_run=True)
+    manifest = shards.write(checkpoint, layout, other.plan, out, dequantize=dequantize, mtp=mtp, dry_run=True)
     return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
 
 

@@ -6,23 +6,32 @@ shards of the source, so that each can be written by one sequential read.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reapkit.checkpoint import CONFIG_NAME, Checkpoint
-from reapkit.errors import UnsupportedError, UsageError
-from reapkit.layout import MoELayout
+from reapkit.errors import CheckpointError, UnsupportedError, UsageError
+from reapkit.layout import MoELayout, StackedTensor
 from reapkit.plans import PruningPlan
-from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes
+from reapkit.quantization import Format, read_format
+from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
 
 if TYPE_CHECKING:
-    from reapkit.formats import Format
+    import torch
+
+# Files beside config.json in which quantisers describe what they did.
+_QUANTIZATION_SIDECARS = frozenset({"hf_quant_config.json", "quant_config.json", "quantize_config.json"})
+# A module's name that says one expert's number, whatever stands before the layer's.
+_NAMED_EXPERT = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +43,29 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """The tensor's bytes at some indices of one axis, in the order of the indices."""
+    """The tensor's bytes at some entries of one axis, in the order given.
+
+    Attributes:
+        info: the tensor.
+        axis: the dimension that is divided.
+        num_entries: into how many equal parts; where experts' rows lie one after the other, an entry has many.
+        entries: those that stay.
+    """
 
     info: TensorInfo
     axis: int
-    indices: tuple[int, ...]
+    num_entries: int
+    entries: tuple[int, ...]
 
     @property
     def num_blocks(self) -> int:
-        """How often the whole axis is repeated in the tensor's bytes: 1 means that indices are rows."""
+        """How often the whole axis is repeated in the tensor's bytes: 1 means that an entry is one byte range."""
         return math.prod(self.info.shape[: self.axis])
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes that belong to one index within one block."""
-        return self.info.nbytes // (self.num_blocks * self.info.shape[self.axis])
+    def entry_bytes(self) -> int:
+        """Bytes that belong to one entry within one block."""
+        return self.info.nbytes // (self.num_blocks * self.num_entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +117,23 @@ def outputs(
     rank = {layer: {expert: i for i, expert in enumerate(kept)} for layer, kept in plan.kept.items()}
     by_source: dict[str, list[OutputTensor]] = {}
     for name, info in checkpoint.tensors.items():
-        if form is not None and form.is_companion(name):
+        if (form is not None and form.is_companion(name)) or (plan.drop_mtp and layout.is_mtp(name)):
             continue
         source: Copy | Take = Copy(info)
+        stacked = None
+        companions = form.companions(info, checkpoint.tensors) if form is not None else ()
         shape = info.shape
-        if name in layout.expert_of:
-            layer, expert = layout.expert_of[name]
+        if form is not None and companions:
+            name, shape = form.decoded(info, checkpoint.tensors)
+        if info.name in layout.expert_of:
+            layer, expert = layout.expert_of[info.name]
             if expert not in rank[layer]:
                 continue
             name = layout.renamed(name, rank[layer][expert])
-        elif name in layout.stacked_of and plan.num_kept < layout.num_experts:
-            layer, stacked = layout.stacked_of[name]
-            source = _take(info, stacked.axis, plan.kept[layer])
-            shape = (*shape[: stacked.axis], plan.num_kept, *shape[stacked.axis + 1 :])
-        companions = form.companions(info, checkpoint.tensors) if form is not None else ()
+        elif info.name in layout.stacked_of and plan.num_kept < layout.num_experts:
+            layer, stacked = layout.stacked_of[info.name]
+            source = _take(stacked, plan.kept[layer])
+            shape = stacked.cut(shape, plan.num_kept)
         output = (
             OutputTensor(name, "BF16", shape, Dequantize(source, companions))
             if companions
@@ -128,22 +148,21 @@ def outputs(
 
 
 def _format_to_dequantize(checkpoint: Checkpoint) -> Format:
-    from reapkit.formats import read_format
-
-    form = read_format(checkpoint.config)
-    if form.block is None:
+    form = read_format(checkpoint)
+    if not form.quantized:
         raise UsageError(
             f"{checkpoint.origin} is not quantised, so there is nothing to dequantise", hint="leave out --dequantize"
         )
     return form
 
 
-def _take(info: TensorInfo, axis: int, indices: tuple[int, ...]) -> Take:
-    if math.prod(info.shape[axis + 1 :]) * DTYPE_BITS[info.dtype] % 8:
+def _take(stacked: StackedTensor, kept: tuple[int, ...]) -> Take:
+    info = stacked.info
+    if math.prod(info.shape[stacked.axis :]) // stacked.num_entries * DTYPE_BITS[info.dtype] % 8:
         raise UnsupportedError(
             f"the experts in {info.name!r} ({info.dtype} {list(info.shape)}) do not begin at whole bytes"
         )
-    return Take(info, axis, indices)
+    return Take(info, stacked.axis, stacked.num_entries, stacked.entries(kept))
 
 
 def spans(source: Copy | Take) -> Iterator[tuple[int, int]]:
@@ -152,69 +171,189 @@ def spans(source: Copy | Take) -> Iterator[tuple[int, int]]:
         yield source.info.start, source.info.stop
         return
     assert source.num_blocks == 1
-    for index in source.indices:
-        start = source.info.start + index * source.row_bytes
-        yield start, start + source.row_bytes
+    for entry in source.entries:
+        start = source.info.start + entry * source.entry_bytes
+        yield start, start + source.entry_bytes
 
 
 def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
     """The bytes of an output tensor that is not a sequence of byte ranges."""
     if isinstance(source, Take):
         stored = np.frombuffer(checkpoint.read(source.info), np.uint8)
-        blocks = stored.reshape(source.num_blocks, source.info.shape[source.axis], source.row_bytes)
-        return np.ascontiguousarray(blocks[:, list(source.indices)]).reshape(-1).data
+        blocks = stored.reshape(source.num_blocks, source.num_entries, source.entry_bytes)
+        return np.ascontiguousarray(blocks[:, list(source.entries)]).reshape(-1).data
     import torch
 
-    from reapkit.formats import decode, read_format
+    from reapkit.formats import decode
 
-    weight = source.weight
-    values = decode(checkpoint, weight.info, format=read_format(checkpoint.config))
-    if isinstance(weight, Take):
-        values = values.index_select(weight.axis, torch.tensor(weight.indices))
+    values = decode(checkpoint, source.weight.info, format=read_format(checkpoint))
+    if isinstance(source.weight, Take):
+        values = take_values(values, source.weight.axis, source.weight.num_entries, source.weight.entries)
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def num_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Values in the tensors of these names and shapes, scales left out; None where the format packs them in a way that is not known."""
-    if config.get("quantization_config") is None:
-        return sum(map(math.prod, shapes.values()))
-    from reapkit.formats import read_format
+def take_values(values: torch.Tensor, axis: int, num_entries: int, entries: Sequence[int]) -> torch.Tensor:
+    """Values at some entries of an axis that divides into `num_entries` equal parts."""
+    import torch
 
-    try:
-        form = read_format(config)
-    except UnsupportedError:
+    parts = values.reshape(*values.shape[:axis], num_entries, -1, *values.shape[axis + 1 :])
+    return parts.index_select(axis, torch.tensor(entries)).flatten(axis, axis + 1)
+
+
+def num_parameters(form: Format, tensors: Iterable[TensorInfo | OutputTensor]) -> int | None:
+    """Values in these tensors, scales left out; None where the format packs them in a way that is not known."""
+    if form.obstacle is not None:
         return None
-    return sum(math.prod(shape) for name, shape in shapes.items() if not form.is_companion(name))
+    return sum(
+        form.num_values(
+            tensor if isinstance(tensor, TensorInfo) else TensorInfo(tensor.name, tensor.dtype, tensor.shape, "", 0, 0)
+        )
+        for tensor in tensors
+    )
 
 
 def edit_config(
-    config: Mapping[str, Any], layout: MoELayout, num_kept: int, *, dequantize: bool = False
+    config: Mapping[str, Any],
+    layout: MoELayout,
+    kept: Mapping[int, Sequence[int]],
+    *,
+    drop_mtp: bool = False,
+    dequantize: bool = False,
 ) -> dict[str, Any]:
-    """The raw config with the new expert count under every key that held the old one, at whatever depth; nothing else changes.
+    """The raw config with the new expert count under every key that held the old one, at whatever depth; nothing else changes but
+    names of single experts in `quantization_config`, which follow their experts.
 
-    With `dequantize` the quantisation goes too, and the dtype becomes bfloat16 under the key that is there.
+    With `drop_mtp` the counts of MTP layers become 0. With `dequantize` the quantisation goes, and the dtype becomes bfloat16 under
+    the key that is there.
     """
-    edited: dict[str, Any] = _recount(
-        config, frozenset(layout.architecture.num_experts_keys), layout.num_experts, num_kept
-    )
+    architecture = layout.architecture
+    num_kept = len(next(iter(kept.values())))
+    counts = dict.fromkeys(architecture.num_experts_keys, (layout.num_experts, num_kept))
+    edited: dict[str, Any] = _recount(config, counts)
+    if drop_mtp:
+        for key in architecture.mtp_keys:
+            edited = _with_entry(edited, key, lambda count: 0 if type(count) is int else count)
     if dequantize:
         edited = _without(edited, "quantization_config")
-        section = layout.architecture.config_section
-        for table in (edited, *([edited[section]] if section else [])):
-            for key in {"dtype", "torch_dtype"} & table.keys():
-                table[key] = "bfloat16"
+        for key in ("dtype", "torch_dtype"):
+            edited |= {key: "bfloat16"} if key in edited else {}
+            if isinstance(section := edited.get("text_config"), dict) and key in section:
+                edited |= {"text_config": section | {key: "bfloat16"}}
+    else:
+        names = _ExpertNames(layout, kept)
+        edited = _with_entry(edited, "quantization_config", names.follow)
     return edited
 
 
-def _recount(value: Any, keys: frozenset[str], before: int, after: int) -> Any:
+def edit_sidecars(
+    checkpoint: Checkpoint, layout: MoELayout, kept: Mapping[int, Sequence[int]], *, dequantize: bool = False
+) -> dict[str, bytes | None]:
+    """The sidecars that do not stay as they are: descriptions of the quantisation, in which single experts' names follow the experts.
+
+    With `dequantize` they are left behind, which is said by None.
+    """
+    edited: dict[str, bytes | None] = {}
+    for name in sorted(_QUANTIZATION_SIDECARS & set(checkpoint.sidecars)):
+        if dequantize:
+            edited[name] = None
+            continue
+        described = parse_json((checkpoint.path / name).read_bytes(), origin=name)
+        if (followed := _ExpertNames(layout, kept).follow(described)) != described:
+            edited[name] = _json_text(followed)
+    return edited
+
+
+class _ExpertNames:
+    """Names and patterns of single experts, as quantisers list them, brought to the numbers that the kept experts have in the output.
+
+    A literal name is renumbered, or vanishes with its expert. A pattern (`re:…` of compressed-tensors, `+:…` and `-:…` of GPTQ, `*` of
+    ModelOpt) that matches all experts of a layer or none stays; one that tells experts apart becomes the literal names that it matched.
+    """
+
+    def __init__(self, layout: MoELayout, kept: Mapping[int, Sequence[int]]) -> None:
+        self._layout = layout
+        self._rank = {layer: {expert: i for i, expert in enumerate(experts)} for layer, experts in kept.items()}
+
+    def follow(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self.follow(inner) for key, inner in value.items() for name in self._follow_name(key)}
+        if isinstance(value, list):
+            followed = (
+                [*self._follow_name(inner)] if isinstance(inner, str) else [self.follow(inner)] for inner in value
+            )
+            return [entry for entries in followed for entry in entries]
+        return value
+
+    def _follow_name(self, name: str) -> Iterator[str]:
+        marker, regex = _pattern(name)
+        if regex is None:
+            if (match := _NAMED_EXPERT.search(name)) is None:
+                yield name
+                return
+            layer = int(match["layer"]) + (self._layout.num_layers if "mtp." in name[: match.start("layer")] else 0)
+            rank = self._rank.get(layer, {}).get(int(match["expert"]))
+            if rank is not None:
+                yield name[: match.start("expert")] + str(rank) + name[match.end("expert") :]
+            return
+        matched = {module: place for module, place in self._modules.items() if regex.match(module)}
+        per_part = Counter((layer, rest) for layer, _, rest in matched.values())
+        if all(count == self._layout.num_experts for count in per_part.values()):
+            yield name
+            return
+        for module in sorted(matched, key=lambda module: matched[module]):
+            for renamed in self._follow_name(module):
+                yield f"{marker}^{re.escape(renamed)}$" if marker in ("+:", "-:") else renamed
+
+    @cached_property
+    def _modules(self) -> dict[str, tuple[int, int, str]]:
+        """Layer, expert and the rest of the name of every module that belongs to one expert."""
+        modules = {}
+        for name, (layer, expert) in self._layout.expert_of.items():
+            module = name.rpartition(".")[0]
+            claim = self._layout.architecture.claim(name)
+            assert claim is not None
+            modules[module] = (layer, expert, module[claim.stop :])
+        return modules
+
+
+def _pattern(name: str) -> tuple[str, re.Pattern[str] | None]:
+    """How an entry marks itself as a pattern, and the pattern; None for a literal name.
+
+    Raises:
+        CheckpointError: it is not a regular expression.
+    """
+    if name.startswith(("re:", "+:", "-:")):
+        marker, _, text = name.partition(":")
+        try:
+            return marker + ":", re.compile(text)
+        except re.error as error:
+            raise CheckpointError(f"the quantisation's pattern {name!r} is not a regular expression: {error}") from None
+    return ("", re.compile(fnmatch.translate(name))) if "*" in name else ("", None)
+
+
+def _with_entry(value: Any, key: str, change: Callable[[Any], Any]) -> Any:
+    """A JSON tree with everything that stands under a key, at whatever depth, changed."""
     if isinstance(value, dict):
         return {
-            key: after
-            if key in keys and type(inner) is int and inner == before
-            else _recount(inner, keys, before, after)
+            name: change(inner) if name == key else _with_entry(inner, key, change) for name, inner in value.items()
+        }
+    return [_with_entry(inner, key, change) for inner in value] if isinstance(value, list) else value
+
+
+def _recount(value: Any, counts: Mapping[str, tuple[int, int]]) -> Any:
+    """A JSON tree with counts replaced under some keys: where the one before stands, alone or in a list with an entry per layer."""
+    if isinstance(value, dict):
+        return {
+            key: _new_count(inner, *counts[key]) if key in counts else _recount(inner, counts)
             for key, inner in value.items()
         }
-    return [_recount(inner, keys, before, after) for inner in value] if isinstance(value, list) else value
+    return [_recount(inner, counts) for inner in value] if isinstance(value, list) else value
+
+
+def _new_count(value: Any, before: int, after: int) -> Any:
+    if isinstance(value, list):
+        return [_new_count(inner, before, after) for inner in value]
+    return after if type(value) is int and value == before else value
 
 
 def _without(value: Any, key: str) -> Any:
@@ -223,18 +362,34 @@ def _without(value: Any, key: str) -> Any:
     return [_without(inner, key) for inner in value] if isinstance(value, list) else value
 
 
-def config_text(checkpoint: Checkpoint, edited: Mapping[str, Any], keys: Iterable[str]) -> bytes:
+def config_text(checkpoint: Checkpoint, edited: Mapping[str, Any]) -> bytes:
     """The edited config as a file: the source's own text with the counts replaced, so that `diff` shows those lines alone.
 
     Where more than counts changed, it is written anew with the keys in their order.
     """
     text = (checkpoint.path / CONFIG_NAME).read_bytes()
-    for key in keys:
-        if key in edited:
-            text = re.sub(rb'("%s"\s*:\s*)\d+' % key.encode(), rb"\g<1>%d" % edited[key], text)
+    for key, before, after in set(_changed_counts(checkpoint.config, edited)):
+        text = re.sub(rb'("%s"\s*:\s*)%d\b' % (key.encode(), before), rb"\g<1>%d" % after, text)
     try:
         if json.loads(text) == edited:
             return text
     except ValueError:
         pass
-    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+    return _json_text(edited)
+
+
+def _changed_counts(before: Any, after: Any) -> Iterator[tuple[str, int, int]]:
+    """Key, old and new value of every whole number that differs between two JSON trees."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        if type(old) is int and type(new) is int:
+            if old != new:
+                yield key, old, new
+        else:
+            yield from _changed_counts(old, new)
+
+
+def _json_text(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,97 +1,35 @@
 """On-disk number formats: bytes to tensors, dequantised where the format says so.
 
-Only observing and `--dequantize` need values; pruning moves bytes whatever they mean.
+Only observing and `--dequantize` need values; pruning moves bytes whatever they mean. Every routine computes in float32 and rounds once,
+on one matrix [M, N] at a time: rows are outputs, columns are inputs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from reapkit.checkpoint import Checkpoint, quantization_of
+from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.quantization import Format, Recipe
 from reapkit.tensors import TensorInfo
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 # Bytes to which torch aligns what it allocates itself.
 ALIGNMENT = 64
-PLAIN_DTYPES = frozenset({"F16", "BF16", "F32"})
+# The values of FP4 (E2M1) by their codes: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, table 5).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Which of a word's eight values, lowest bits first, belongs to each of eight neighbouring outputs: AWQ packs 0, 2, 4, 6, 1, 3, 5, 7.
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a checkpoint stores its weights.
-
-    Attributes:
-        name: for people.
-        block: rows and columns that share one scale; None for unquantised checkpoints.
-        scale_suffix: what is appended to a weight's name for its scale.
-    """
-
-    name: str
-    block: tuple[int, int] | None = None
-    scale_suffix: str = "_scale_inv"
-
-    def is_companion(self, name: str) -> bool:
-        """Whether a tensor only serves another one's dequantisation."""
-        return self.block is not None and name.endswith(self.scale_suffix)
-
-    def companions(self, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[TensorInfo, ...]:
-        """The tensors that are needed, besides its own bytes, to dequantise this one; empty where nothing is quantised.
-
-        Raises:
-            CheckpointError: a quantised weight has no scale.
-        """
-        if info.dtype in PLAIN_DTYPES or self.is_companion(info.name):
-            return ()
-        if self.block is None or info.dtype != "F8_E4M3" or len(info.shape) != 2:
-            raise UnsupportedError(
-                f"{info.name!r} is {info.dtype} {list(info.shape)}, which the format {self.name!r} does not explain"
-            )
-        scale = tensors.get(info.name + self.scale_suffix)
-        if scale is None:
-            raise CheckpointError(f"{info.name!r} is {info.dtype} and has no {info.name + self.scale_suffix!r}")
-        grid = tuple(math.ceil(size / block) for size, block in zip(info.shape, self.block, strict=True))
-        if scale.dtype not in PLAIN_DTYPES:  # bytes that are exponents (E8M0) would pass for factors
-            raise UnsupportedError(
-                f"the scale {scale.name!r} is {scale.dtype}, which the format {self.name!r} does not explain"
-            )
-        if scale.shape != grid:
-            raise CheckpointError(f"{scale.name!r} has the shape {list(scale.shape)} where {list(info.shape)} in blocks of "
-                                  f"{list(self.block)} needs {list(grid)}")  # fmt: skip
-        return (scale,)
-
-
-def read_format(config: Mapping[str, Any]) -> Format:
-    """The format that a config declares.
-
-    Raises:
-        UnsupportedError: a quantisation that cannot be run here.
-    """
-    quantization = quantization_of(config)
-    if quantization is None:
-        return Format("unquantised")
-    method = quantization["quant_method"]
-    block = quantization.get("weight_block_size")
-    if method != "fp8" or not (
-        isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    ):
-        raise UnsupportedError(
-            f"the checkpoint's quantisation {method!r} (weight_block_size {block}) cannot be computed with yet",
-            hint="observe reads bf16, fp16, fp32 and FP8 with block scales; a plan made from such a sibling still prunes this one",
-        )
-    return Format("FP8 with block scales", (block[0], block[1]))
-
-
-def read_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+def read_tensor(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     """One tensor as it is stored, on the CPU.
 
     Raises:
@@ -111,29 +49,154 @@ def decode(
     format: Format,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
+) -> Tensor:
     """One tensor with its values: quantised weights dequantised to `dtype` on `device`, plain ones as they are stored.
+
+    The result has the shape that `Format.decoded` gives; of a stack of experts one matrix is computed at a time, to keep memory small.
 
     Raises:
         CheckpointError: a scale is missing or has the wrong shape.
-        UnsupportedError: a dtype that the format does not explain.
+        UnsupportedError: a dtype that the format does not explain, or a format that cannot be computed with.
     """
+    recipe = format.recipe(info, checkpoint.tensors)
     stored = read_tensor(checkpoint, info).to(device)
-    scales = format.companions(info, checkpoint.tensors)
-    if not scales:
+    if recipe is None:
         # Products with a single token round differently on weights that are not aligned, and a buffer's alignment is chance.
         return stored if stored.data_ptr() % ALIGNMENT == 0 else stored.clone()
-    assert format.block is not None
-    return dequantize_blocks(stored, read_tensor(checkpoint, scales[0]).to(device), block=format.block, dtype=dtype)
+
+    def read(companion: TensorInfo | None) -> Tensor | None:
+        return None if companion is None else read_tensor(checkpoint, companion).to(device)
+
+    _require_stated(read(recipe.stated), recipe)
+    count, *matrix = recipe.shape if len(recipe.shape) == 3 else (1, *recipe.shape)
+    packed = stored.flatten(2) if len(info.shape) == 4 else stored  # gpt-oss: [experts, rows, groups, bytes]
+    packed = packed.view(count, *packed.shape[-2:])
+    scale = as_factors(read_tensor(checkpoint, recipe.scale).to(device)).view(recipe.grid)
+    factor, zeros, order = read(recipe.factor), read(recipe.zeros), read(recipe.order)
+    if factor is not None:
+        factor = factor.to(torch.float32).view(-1, 1, 1)
+        scale = scale / factor if recipe.divides else scale * factor
+    if zeros is not None:
+        zeros = zeros.view(-1, *zeros.shape[-2:])
+    if order is not None:
+        order = _require_groups(order, recipe)
+    values = torch.empty(recipe.shape, dtype=dtype, device=device)
+    for number, out in enumerate(values.view(count, *matrix)):
+        # One scale, or one factor, may serve all experts.
+        own = scale[number if len(scale) > 1 else 0]
+        out.copy_(_dequantize(recipe, packed[number], own, None if zeros is None else zeros[number], order, dtype))
+    return values
 
 
-def dequantize_blocks(
-    weight: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """FP8 weight [M, N] times its block scales [ceil(M/bm), ceil(N/bn)], multiplied in float32 and rounded once to `dtype`.
+def _require_stated(stated: Tensor | None, recipe: Recipe) -> None:
+    if stated is not None and tuple(stated.tolist()[-2:]) != recipe.shape[-2:]:
+        raise CheckpointError(
+            f"the shape {stated.tolist()} stored for {recipe.name!r} is not {list(recipe.shape)}, "
+            "which its packed values and its scales have"
+        )
 
-    The same arithmetic as transformers' own dequantisation, which it equals bit for bit; blocks at the edges may be partial.
+
+def _require_groups(order: Tensor, recipe: Recipe) -> Tensor | None:
+    """The group of every column, checked; None where they are in order, which compressed-tensors marks with -1."""
+    assert recipe.order is not None
+    groups = recipe.grid[-1] if recipe.scheme == "int" else recipe.grid[-2]
+    if recipe.scheme == "int" and bool((order == -1).any()):
+        return None
+    if bool(((order < 0) | (order >= groups)).any()):
+        raise CheckpointError(f"{recipe.order.name!r} names groups beyond the {groups} that have scales")
+    return order.long()
+
+
+def _dequantize(
+    recipe: Recipe, packed: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """One matrix by its scheme."""
+    if recipe.scheme == "scaled":
+        return dequantize_blocks(packed, scale, block=recipe.block, dtype=dtype)
+    if recipe.scheme == "fp4":
+        values = dequantize_fp4(packed, scale, dtype=dtype)
+        return values.T if recipe.transposed else values
+    columns = recipe.shape[-1]
+    if order is None:
+        order = torch.arange(columns, device=packed.device) // recipe.block[1]
+    if recipe.scheme == "int":
+        return dequantize_int(packed, scale, zeros, order, bits=recipe.bits, dtype=dtype)
+    assert zeros is not None
+    if recipe.scheme == "awq":
+        return dequantize_awq(packed, scale, zeros, order, dtype=dtype)
+    return dequantize_gptq(packed, scale, zeros, order, bits=recipe.bits, offset=recipe.zero_offset, dtype=dtype)
+
+
+def as_factors(scale: Tensor) -> Tensor:
+    """Scales in float32; bytes are exponents (E8M0): 2 to the power of (byte - 127), and 255 is not a number."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Unsigned values of 2, 4 or 8 bits, uint8 [M, N], from bytes or int32 words [M, W] that hold them lowest bits first."""
+    packed = words.contiguous().view(torch.uint8)
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """FP8 or INT8 weight [M, N] times its block scales [ceil(M/bm), ceil(N/bn)]; blocks at the edges may be partial.
+
+    The same arithmetic as transformers' own dequantisation, which it equals bit for bit.
     """
     rows, columns = weight.shape
     expanded = scale.to(torch.float32).repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return (weight.to(torch.float32) * expanded).to(dtype)
+
+
+def dequantize_fp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """FP4 values, uint8 [M, N/2] with the lower half of a byte first, times the scale [M, N/group] of their group, in float32.
+
+    NVFP4 has groups of 16, and a scale that is already multiplied with, or divided by, the tensor's own factor (ModelOpt's
+    `NVFP4QTensor.dequantize`, compressed-tensors' `NVFP4PackedCompressor`). MXFP4 has groups of 32 and powers of two.
+    """
+    values = torch.tensor(E2M1, device=packed.device)[unpack(packed, 4).long()]
+    expanded = scale.repeat_interleave(values.shape[1] // max(scale.shape[1], 1), 1)
+    return (values * expanded).to(dtype)
+
+
+def dequantize_int(
+    packed: Tensor, scale: Tensor, zeros: Tensor | None, group: Tensor, *, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """compressed-tensors' `pack-quantized`: int32 [M, N bits/32] with scales [M, G] and the group [N] of every column.
+
+    Values are stored with 2^(bits-1) added, and so are zero points, int32 [M bits/32, G], packed along the rows; both may be padded.
+    """
+    codes = unpack(packed, bits)[:, : len(group)]
+    half = 1 << (bits - 1)
+    middle = torch.full_like(scale, half) if zeros is None else unpack(zeros.T, bits)[:, : len(scale)].T
+    return _affine(codes, scale, middle, group, dtype)
+
+
+def dequantize_awq(packed: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """AWQ's `gemm` layout: int32 [N, M/8] and zero points [G, M/8] in AWQ's order, scales [G, M]; the result is [M, N].
+
+    As AutoAWQ's `dequantize_gemm`.
+    """
+
+    def in_order(words: Tensor) -> Tensor:
+        return unpack(words, 4).view(len(words), -1, 8)[..., list(AWQ_PLACES)].flatten(1)
+
+    return _affine(in_order(packed).T, scale.T, in_order(zeros).T, group, dtype)
+
+
+def dequantize_gptq(
+    packed: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, *, bits: int, offset: int, dtype: torch.dtype
+) -> Tensor:
+    """GPTQ: int32 [N bits/32, M] packed along the inputs, zero points [G, M bits/32], scales [G, M]; the result is [M, N].
+
+    `offset` is added to a stored zero point before it is cut to its bits: 1 in the first layout, as AutoGPTQ does; 0 in `gptq_v2`.
+    """
+    codes = unpack(packed.T, bits)
+    middle = ((unpack(zeros, bits).int() + offset) & ((1 << bits) - 1))[:, : scale.shape[1]]
+    return _affine(codes, scale.T, middle.T, group, dtype)
+
+
+def _affine(codes: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
+    """(codes [M, N] - zeros) * scale, where zeros and scale [M, G] are those of the column's group [N]."""
+    return ((codes.to(torch.float32) - zeros.to(torch.float32)[:, group]) * scale[:, group]).to(dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,16 +21,16 @@ from reapkit.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     locate,
-    quantization_of,
     read_config,
     read_index,
     refuse_unfinished,
-    section_of,
+    text_section,
 )
 from reapkit.errors import CheckpointError, UnsupportedError
-from reapkit.layout import Architecture, MoELayout, Slot, find, resolve
+from reapkit.layout import Architecture, MoELayout, find, resolve
 from reapkit.plans import num_kept
-from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
+from reapkit.quantization import ASSUMED_BITS, HINT, Format, quantization_table, read_format
+from reapkit.tensors import TensorInfo, nbytes, parse_json
 
 RATIOS = ("0.25", "0.30", "0.40", "0.50")
 
@@ -46,12 +45,6 @@ PARTS = (
     "MTP",
 )
 _SCALE_SUFFIX = "_scale_inv"
-# Tensors that only serve another one's dequantisation, in the schemes of public releases. Erring on the short side counts scales as
-# parameters, which is less than 1 %; on the long side it would lose weights.
-_COMPANION = re.compile(
-    r".*(_scale_inv|\.weight_scale|\.weight_scale_2|\.(weight|input)_global_scale|\.(input|output|k|v)_scale"
-    r"|\.weight_(shape|zero_point|g_idx)|\.(qzeros|scales|g_idx)|_proj_scales)"
-)
 _DTYPE_CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -217,10 +210,13 @@ class _Tally:
 def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
     checkpoint, notes = known.checkpoint, list(known.notes)
     layout = resolve(checkpoint, ARCHITECTURES)
-    section = section_of(checkpoint.config, layout.architecture.config_section)
-    num_layers = _num_layers(checkpoint, layout, section, notes)
-    encoding = _read_encoding(checkpoint, notes)
-    tally = _tally(checkpoint, layout, encoding, num_layers)
+    if layout.architecture.caution is not None:
+        notes.append(layout.architecture.caution)
+    section = text_section(checkpoint.config)
+    _note_absent_layers(checkpoint, layout, notes)
+    form = read_format(checkpoint)
+    _note_format(checkpoint, form, notes)
+    tally = _tally(checkpoint, layout, form)
 
     # Where only the index knows the bytes, what the shapes give is scaled to it: one is exact when they agree.
     shape_bytes = tally.kept_nbytes(layout.num_experts)
@@ -236,13 +232,13 @@ def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
         origin=checkpoint.origin,
         architecture=layout.architecture.name,
         model_type=str(checkpoint.config["model_type"]),
-        num_layers=num_layers,
-        moe_layers=sum(index < num_layers for index in layout.layer_indices),
+        num_layers=layout.num_layers,
+        moe_layers=len(layout.layer_indices),
         num_experts=layout.num_experts,
         top_k=layout.top_k,
         num_groups=layout.num_groups,
         scoring=layout.architecture.scoring,
-        format=encoding.name,
+        format=form.name,
         parameters=tally.kept_parameters(layout.num_experts),
         active_parameters=tally.active_parameters(layout.num_experts),
         nbytes=total,
@@ -256,11 +252,9 @@ def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
     )
 
 
-def _tally(checkpoint: Checkpoint, layout: MoELayout, encoding: _Encoding, num_layers: int) -> _Tally:
+def _tally(checkpoint: Checkpoint, layout: MoELayout, form: Format) -> _Tally:
     parameters: Counter[tuple[str, Kind]] = Counter()
     sizes: Counter[tuple[str, Kind]] = Counter()
-    unpruned = [Slot(pattern, None, "expert").regex for pattern in layout.architecture.unpruned]
-    layer_of = _layer_pattern(layout.architecture)
     experts, stacked = layout.expert_of, layout.stacked_of
     for name, info in checkpoint.tensors.items():
         kind: Kind = "expert" if name in experts else "whole"
@@ -269,11 +263,10 @@ def _tally(checkpoint: Checkpoint, layout: MoELayout, encoding: _Encoding, num_l
             is_expert = stacked[name][1].role == "expert"
             kind, part = ("expert", "experts") if is_expert else ("row", "routers")
         elif kind == "whole":
-            part = "shared experts" if any(regex.fullmatch(name) for regex in unpruned) else _outer_part(name)
-        match = layer_of.match(name)
-        if (match and int(match[1]) >= num_layers) or "mtp" in name.split("."):
+            part = "shared experts" if layout.architecture.is_unpruned(name) else _outer_part(name)
+        if layout.is_mtp(name):
             part = "MTP"
-        parameters[part, kind] += encoding.num_values(info)
+        parameters[part, kind] += form.num_values(info)
         sizes[part, kind] += info.nbytes
     return _Tally(parameters, sizes, layout.num_experts, layout.top_k)
 
@@ -288,91 +281,33 @@ def _outer_part(name: str) -> str:
     return "dense layers" if {"mlp", "feed_forward", "ffn"} & set(words) else "norms and other"
 
 
-def _layer_pattern(architecture: Architecture) -> re.Pattern[str]:
-    return re.compile(re.escape(architecture.block.partition("{layer}")[0]) + r"(\d+)\.")
-
-
-def _num_layers(checkpoint: Checkpoint, layout: MoELayout, section: Mapping[str, Any], notes: list[str]) -> int:
-    matches = map(_layer_pattern(layout.architecture).match, checkpoint.tensors)
-    named = {int(match[1]) for match in matches if match}
-    claimed = section.get("num_hidden_layers")
-    if type(claimed) is not int or claimed < 1:
-        return len(named)
-    present = sum(index < claimed for index in named)
-    if present < claimed:
-        notes.append(f"{CONFIG_NAME} says {claimed} layers, and tensors name {present} of them")
-    return claimed
+def _note_absent_layers(checkpoint: Checkpoint, layout: MoELayout, notes: list[str]) -> None:
+    named = set(map(layout.architecture.layer_of, checkpoint.tensors))
+    present = sum(index in named for index in range(layout.num_layers))
+    if present < layout.num_layers:
+        notes.append(f"{CONFIG_NAME} says {layout.num_layers} layers, and tensors name {present} of them")
 
 
 # --- formats
 
 
-@dataclass(frozen=True)
-class _Encoding:
-    """How values are stored, as far as counting them goes.
-
-    Attributes:
-        name: for people; where reapkit can compute with it, the name that `formats` gives it.
-        quantized: whether companions and packed weights are to be expected.
-        bits: of a packed value.
-    """
-
-    name: str
-    quantized: bool = False
-    bits: int = 4
-
-    def num_values(self, info: TensorInfo) -> int:
-        if not self.quantized:
-            return info.num_elements
-        if _COMPANION.fullmatch(info.name):
-            return 0
-        if info.dtype in ("U8", "I32"):
-            return info.num_elements * DTYPE_BITS[info.dtype] // self.bits
-        return info.num_elements
-
-
-def _read_encoding(checkpoint: Checkpoint, notes: list[str]) -> _Encoding:
-    quantization = quantization_of(checkpoint.config)
+def _note_format(checkpoint: Checkpoint, form: Format, notes: list[str]) -> None:
     odd = {info.dtype for info in checkpoint.tensors.values()} - {"F16", "BF16", "F32", "F64"}
-    if quantization is None:
+    if not form.quantized:
         if odd:
             notes.append(
                 f"{CONFIG_NAME} names no quantisation, and some tensors are {', '.join(sorted(odd))}: they are counted "
                 "as if unpacked"
             )
-        return _Encoding("unquantised")
-    if _block_of(quantization):
-        return _Encoding("FP8 with block scales", quantized=True)
-    method = quantization["quant_method"]
-    notes.append(
-        f"{method} weights can be pruned but not computed with: observe a sibling in bf16 or in FP8 with block scales, "
-        "whose plan fits this checkpoint"
-    )
-    bits = _packed_bits(quantization)
-    if odd & {"U8", "I32"}:
-        told = f"{bits} bits each" if bits else f"{_Encoding.bits} bits each, which {CONFIG_NAME} does not say"
+        return
+    if form.obstacle is None:
+        return
+    notes.append(f"the weights can be pruned but not observed: {form.obstacle}; {HINT}")
+    packed = [info.name for info in checkpoint.tensors.values() if info.dtype in ("U8", "I32")]
+    if packed := [name for name in packed if not form.is_companion(name)]:
+        bits = form.packed_bits(packed[0])
+        told = f"{bits} bits each" if bits else f"{ASSUMED_BITS} bits each, which {CONFIG_NAME} does not say"
         notes.append(f"packed weights are counted as values of {told}, padding included")
-    return _Encoding(method, quantized=True, bits=bits or _Encoding.bits)
-
-
-def _block_of(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, None for every format but FP8 with block scales."""
-    block = quantization.get("weight_block_size")
-    if quantization["quant_method"] != "fp8" or not isinstance(block, list) or len(block) != 2:
-        return None
-    rows, columns = block
-    return (rows, columns) if type(rows) is int and type(columns) is int and min(block) > 0 else None
-
-
-def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
-    """Bits of a packed value as GPTQ, AWQ and compressed-tensors say it; None where they say none or several."""
-    found = {quantization.get("bits"), quantization.get("w_bit")}
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        found.add(weights.get("num_bits") if isinstance(weights, dict) else None)
-    bits = [value for value in found if type(value) is int and 0 < value <= 8]
-    return bits[0] if len(bits) == 1 else None
 
 
 # --- without shards
@@ -385,18 +320,17 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
     """
     config = read_config(path)
     architecture = find(config, ARCHITECTURES)
-    quantization = quantization_of(config)
-    block = _block_of(quantization) if quantization is not None else None
-    if quantization is not None and block is None:
+    form = read_format(Checkpoint(path, config, {}, (), origin, revision))
+    block = form.block
+    if form.quantized and block is None:
         raise UnsupportedError(
-            f"{origin} has no shards, and the shapes of {quantization['quant_method']} weights do not follow from "
-            f"{CONFIG_NAME}",
+            f"{origin} has no shards, and the shapes of {form.name} weights do not follow from {CONFIG_NAME}",
             hint="fetch the shards: only their headers are read",
         )
-    dtype, exempt = _named_dtype(config, architecture), _exempt(quantization)
+    dtype, exempt = _named_dtype(config), _exempt(quantization_table(config))
     from reapkit.modules import shapes_on_disk
 
-    shapes, tied = shapes_on_disk(path, origin=origin, trust_remote_code=trust_remote_code)
+    shapes, tied = shapes_on_disk(path, architecture, origin=origin, trust_remote_code=trust_remote_code)
     scales = _scale_shapes(shapes, block) if block is not None else {}
     notes: list[str] = []
     if (path / INDEX_NAME).exists():
@@ -421,7 +355,7 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
     elements: Counter[_Storage] = Counter()
     for name, kind in storage.items():
         elements[kind] += math.prod(shapes[name])
-    dtypes = _choose_dtypes(elements, plain=dtype, exempt=exempt, total=total, notes=notes)
+    dtypes = _choose_dtypes(elements, plain=dtype, exempt=exempt, block=block, total=total, notes=notes)
     tensors = {}
     for name, file in files.items():
         dtype = dtypes[storage[name]]
@@ -448,9 +382,8 @@ def _scale_shapes(shapes: Mapping[str, tuple[int, ...]], block: tuple[int, int])
 
 def _converted(names: Iterable[str], architecture: Architecture, exempt: tuple[str, ...]) -> Iterator[str]:
     """The weights that a quantiser leaves scales for, if they are matrices: those in layers that the config does not exempt."""
-    layer = _layer_pattern(architecture)
     for name in names:
-        if layer.match(name) and not name.removesuffix(".weight").endswith(exempt):
+        if architecture.layer_of(name) is not None and not name.removesuffix(".weight").endswith(exempt):
             yield name
 
 
@@ -469,10 +402,8 @@ def _storage(name: str, files: Mapping[str, str], architecture: Architecture) ->
         return "fp8"
     if name.endswith(_SCALE_SUFFIX):
         return "scale"
-    for slot in architecture.slots:
-        if slot.role != "expert" and slot.regex.fullmatch(name):
-            return slot.role
-    return "plain"
+    claim = architecture.claim(name)
+    return "plain" if claim is None or claim.slot.role == "expert" else claim.slot.role
 
 
 def _choose_dtypes(
@@ -480,15 +411,18 @@ def _choose_dtypes(
     *,
     plain: str | None,
     exempt: tuple[str, ...],
+    block: tuple[int, int] | None,
     total: int | None,
     notes: list[str],
 ) -> Mapping[_Storage, str]:
     """The dtype of each kind of tensor: the likeliest of those whose bytes add up to the index's `total_size`, else the likeliest."""
     candidates: list[dict[_Storage, str]] = []
+    # Scales of MXFP8 are exponents; elsewhere they seldom are.
+    scales = ["U8"] if block == (1, 32) else ["F32", "BF16", "F8_E8M0"]
     for weights in [plain] if plain else ["BF16", "F32", "F16"]:
         # MiniMax-M2 exempts "gate" by its bare name and stores routers and their biases in F32; others mostly store them like the rest.
         either = ["F32", weights] if "gate" in exempt else [weights, "F32"]
-        for router, bias, scale in itertools.product(either, either, ["F32", "BF16"]):
+        for router, bias, scale in itertools.product(either, either, scales):
             candidates.append({"plain": weights, "fp8": "F8_E4M3", "scale": scale, "router": router, "bias": bias})
     sizes = [sum(nbytes(choice[kind], [count]) for kind, count in elements.items()) for choice in candidates]
     if total in sizes:
@@ -502,8 +436,8 @@ def _choose_dtypes(
     return candidates[0]
 
 
-def _named_dtype(config: Mapping[str, Any], architecture: Architecture) -> str | None:
-    for table in (section_of(config, architecture.config_section), config):
+def _named_dtype(config: Mapping[str, Any]) -> str | None:
+    for table in (text_section(config), config):
         for key in ("dtype", "torch_dtype"):
             if (value := table.get(key)) is not None:
                 if not isinstance(value, str) or value not in _DTYPE_CODES:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from reapkit.checkpoint import Checkpoint, section_of
+from reapkit.checkpoint import CONFIG_NAME, Checkpoint, text_section
 from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.quantization import read_format
 from reapkit.tensors import TensorInfo
 
 Role = Literal["expert", "router", "bias"]
@@ -25,22 +26,35 @@ class Slot:
     """A family of tensors on disk that has an expert dimension.
 
     Attributes:
-        pattern: a tensor name with `{layer}`, `{expert}` and `{rest}` (any suffix, so that block scales and other companions of an
-            expert always move with it).
+        pattern: the end of a tensor name, after the block, with `{expert}` and `{rest}` (any suffix, so that block scales and other
+            companions of an expert always move with it).
         axis: the expert dimension of a tensor that holds all experts; None for one tensor per expert.
         role: `expert` weights, `router` rows (their bytes are the `routing` fingerprint), or a selection `bias` (likewise).
+        holds: what lies along `axis`: an entry per expert; or the rows of one expert after those of another, [E x I, D]; or, after
+            the entries of the experts, those of the zero experts, which have no weights and always stay.
     """
 
     pattern: str
     axis: int | None
     role: Role
+    holds: Literal["experts", "rows of experts", "experts and zero experts"] = "experts"
 
-    @cached_property
-    def regex(self) -> re.Pattern[str]:
-        text = re.escape(self.pattern)
-        for field, group in (("layer", r"(?P<layer>\d+)"), ("expert", r"(?P<expert>\d+)"), ("rest", r"(?P<rest>.+)")):
-            text = text.replace(re.escape("{" + field + "}"), group)
-        return re.compile(text)
+
+class Claim(NamedTuple):
+    """What a tensor's name says.
+
+    Attributes:
+        slot: the slot whose pattern it has.
+        layer: the number in the name.
+        is_mtp_block: whether that number counts MTP blocks from 0 and not layers.
+        start, stop: where the expert's number stands; both -1 where there is none.
+    """
+
+    slot: Slot
+    layer: int
+    is_mtp_block: bool
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -50,36 +64,138 @@ class Architecture:
     Attributes:
         name: the family's name for people.
         model_types: values of `model_type` in config.json.
-        slots: every family of tensors with an expert dimension.
-        block: the prefix of a MoE block, with `{layer}`: any tensor under it with a dimension equal to the number of experts must be
-            claimed by a slot or by `unpruned`.
+        blocks: prefixes of a MoE block, with `{layer}`, several where releases differ: any tensor under them with a dimension equal
+            to the number of experts must be claimed by a slot or by `unpruned`.
+        slots: every family of tensors with an expert dimension, by the name's end after the block.
+        scoring: how router logits become scores, for people: `sigmoid + bias`, `softmax`.
+        mtp_blocks: prefixes of a MoE block inside multi-token prediction, where `{layer}` counts from 0. MTP layers that are numbered
+            on from the last decoder layer need none.
+        mtp_keys: names of the number of MTP layers with experts, which becomes 0 when they are dropped; empty where no release has any.
         num_experts_keys: names of the expert count; all that are present must agree and are all rewritten.
         top_k_keys: names of the number of experts per token.
-        unpruned: patterns of tensors under `block` that pruning leaves alone (shared experts).
+        num_layers_keys: names of the number of decoder layers.
+        experts_section: the table in the language model's section that holds expert counts, None where no table of its own does.
         num_groups_key: name of the number of router groups, None for routers without groups.
-        config_section: the nested table that holds these keys, None for the top level.
-        scoring: how router logits become scores, for people: `sigmoid + bias`, `softmax`.
+        topk_groups_key: name of the number of groups that a token may choose from.
+        num_zero_experts_key: name of the number of zero experts.
+        unpruned: patterns of tensors under a block that pruning leaves alone (shared experts).
+        runs_as: the model type by which transformers runs it, where that is another's.
+        not_in_transformers: those of the model types that transformers has no class for, so that they are only pruned.
+        caution: a sentence on what text alone cannot measure.
+        refusal: a sentence on why this family is not pruned; such an entry has no slots.
     """
 
     name: str
     model_types: tuple[str, ...]
+    blocks: tuple[str, ...]
     slots: tuple[Slot, ...]
-    block: str
-    num_experts_keys: tuple[str, ...]
-    top_k_keys: tuple[str, ...]
     scoring: str
-    unpruned: tuple[str, ...] = ()
+    mtp_blocks: tuple[str, ...] = ()
+    mtp_keys: tuple[str, ...] = ()
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
+    num_layers_keys: tuple[str, ...] = ("num_hidden_layers",)
+    experts_section: str | None = None
     num_groups_key: str | None = None
-    config_section: str | None = None
+    topk_groups_key: str | None = None
+    num_zero_experts_key: str | None = None
+    unpruned: tuple[str, ...] = ()
+    runs_as: str | None = None
+    not_in_transformers: tuple[str, ...] = ()
+    caution: str | None = None
+    refusal: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What works, for people: a row of `reapkit list architectures`."""
+        works = "no" if self.refusal else "yes"
+        run = [name for name in self.model_types if name not in self.not_in_transformers]
+        return {
+            "family": self.name,
+            "model_type": list(self.model_types),
+            "routing": self.scoring,
+            "observe": works if len(run) == len(self.model_types) else f"{', '.join(run)} only",
+            "prune": works,
+            "merge": "no",
+            "formats": "no" if self.refusal else "all",
+            "mtp": "kept or dropped" if self.mtp_keys else "-",
+            "note": self.refusal or self.caution or "",
+        }
+
+    def claim(self, name: str) -> Claim | None:
+        """The slot that a tensor's name belongs to, None for everything without an expert dimension."""
+        for regex, slot, is_mtp_block in self._claims:
+            if match := regex.fullmatch(name):
+                span = match.span("expert") if slot.axis is None else (-1, -1)
+                return Claim(slot, int(match["layer"]), is_mtp_block, *span)
+        return None
+
+    def is_unpruned(self, name: str) -> bool:
+        """Whether a tensor of a MoE block belongs to no expert (shared experts and the like)."""
+        return any(regex.fullmatch(name) for regex in self._unpruned)
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a tensor lies in, whatever it is; None outside the list of layers."""
+        match = self._layers.match(name)
+        return int(match["layer"]) if match else None
+
+    def is_mtp(self, name: str, num_layers: int) -> bool:
+        """Whether a tensor belongs to multi-token prediction: behind the last decoder layer, or in a block of its own."""
+        layer = self.layer_of(name)
+        return layer >= num_layers if layer is not None else bool(self._mtp.match(name))
+
+    @cached_property
+    def _claims(self) -> tuple[tuple[re.Pattern[str], Slot, bool], ...]:
+        blocks = [*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks)]
+        return tuple((_regex(block + slot.pattern), slot, is_mtp) for block, is_mtp in blocks for slot in self.slots)
+
+    @cached_property
+    def _unpruned(self) -> tuple[re.Pattern[str], ...]:
+        return tuple(_regex(block + end) for block in (*self.blocks, *self.mtp_blocks) for end in self.unpruned)
+
+    @cached_property
+    def _layers(self) -> re.Pattern[str]:
+        prefixes = dict.fromkeys(block.partition("{layer}")[0] for block in self.blocks)
+        return re.compile(f"(?:{'|'.join(map(re.escape, prefixes))})" + r"(?P<layer>\d+)\.")
+
+    @cached_property
+    def _mtp(self) -> re.Pattern[str]:
+        # Vendors put all of it under names like "mtp." or "model.mtp_block.".
+        return re.compile(r"(?:\w+\.)*mtp\w*\.")
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    text = re.escape(pattern)
+    for part, group in (("layer", r"(?P<layer>\d+)"), ("expert", r"(?P<expert>\d+)"), ("rest", r".+")):
+        text = text.replace(re.escape("{" + part + "}"), group)
+    return re.compile(text)
 
 
 @dataclass(frozen=True)
 class StackedTensor:
-    """One tensor that holds something for every expert along `axis`."""
+    """One tensor that holds something for every expert along `axis`.
+
+    Attributes:
+        info: the tensor.
+        axis: the expert dimension.
+        role: as in `Slot`.
+        num_entries: what `axis` divides into: E, and the zero experts behind them.
+        num_experts: E.
+    """
 
     info: TensorInfo
     axis: int
     role: Role
+    num_entries: int
+    num_experts: int
+
+    def entries(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """The entries that stay, in order: those of the kept experts and of all zero experts."""
+        return (*kept, *range(self.num_experts, self.num_entries))
+
+    def cut(self, shape: Sequence[int], num_kept: int) -> tuple[int, ...]:
+        """A shape, the tensor's own or that of its values, with so many experts."""
+        left = shape[self.axis] // self.num_entries * (num_kept + self.num_entries - self.num_experts)
+        return (*shape[: self.axis], left, *shape[self.axis + 1 :])
 
 
 @dataclass(frozen=True)
@@ -87,14 +203,16 @@ class MoELayer:
     """The tensors of one MoE layer.
 
     Attributes:
-        index: the layer's number in tensor names.
-        experts: per expert, its own tensors by the name's rest; empty tables where experts are stacked.
+        index: the layer's number in tensor names; MTP blocks of their own are numbered on from the last decoder layer.
+        experts: per expert, its own tensors by the name's rest; empty where experts are stacked.
         stacked: tensors that hold something for every expert.
+        incomplete: by expert, the names' rests of scales and the like that other experts have and it lacks.
     """
 
     index: int
     experts: tuple[Mapping[str, TensorInfo], ...]
     stacked: tuple[StackedTensor, ...]
+    incomplete: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,13 +224,17 @@ class MoELayout:
         num_experts: experts per MoE layer, E.
         top_k: experts that each token is routed to.
         num_groups: groups of the router, 1 where it has none.
-        layers: MoE layers in order.
+        topk_groups: groups that a token may choose its experts from.
+        num_layers: decoder layers, MTP layers left out.
+        layers: MoE layers in order, MTP layers last.
     """
 
     architecture: Architecture
     num_experts: int
     top_k: int
     num_groups: int
+    topk_groups: int
+    num_layers: int
     layers: tuple[MoELayer, ...]
 
     @cached_property
@@ -136,46 +258,79 @@ class MoELayout:
         return tuple(name for name, (_, stacked) in self.stacked_of.items() if stacked.role in ("router", "bias"))
 
     @property
+    def fingerprinted_names(self) -> tuple[str, ...]:
+        """Those of the decoder layers: siblings in other formats have them in common, also where only one of them ships MTP layers."""
+        return tuple(name for name in self.router_names if self.stacked_of[name][0] < self.num_layers)
+
+    @property
     def layer_indices(self) -> tuple[int, ...]:
-        return tuple(layer.index for layer in self.layers)
+        """The decoder layers with experts."""
+        return tuple(layer.index for layer in self.layers if layer.index < self.num_layers)
+
+    @property
+    def mtp_indices(self) -> tuple[int, ...]:
+        """The MTP layers with experts."""
+        return tuple(layer.index for layer in self.layers if layer.index >= self.num_layers)
+
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor, expert or not, belongs to multi-token prediction."""
+        return self.architecture.is_mtp(name, self.num_layers)
 
     def renamed(self, name: str, expert: int) -> str:
         """The name of an expert's tensor under another expert number."""
-        for slot in self.architecture.slots:
-            if slot.axis is None and (match := slot.regex.fullmatch(name)):
-                start, stop = match.span("expert")
-                return f"{name[:start]}{expert}{name[stop:]}"
-        raise KeyError(name)
+        claim = self.architecture.claim(name)
+        if claim is None or claim.start < 0:
+            raise KeyError(name)
+        return f"{name[: claim.start]}{expert}{name[claim.stop :]}"
 
 
 def config_count(config: Mapping[str, Any], keys: Iterable[str], *, what: str) -> int:
-    """A count that stands in the config under one or more of these keys.
+    """A count that stands in the config under one or more of these keys; a list, one entry per layer, must repeat one number.
 
     Raises:
         CheckpointError: none is there, they disagree, or the value is not a positive integer.
     """
     found = {key: config[key] for key in keys if config.get(key) is not None}
     if not found:
-        raise CheckpointError(f"config.json has no {what}: none of {', '.join(keys)}")
-    values = list(found.values())
-    if any(type(value) is not int or value < 1 for value in values):
-        raise CheckpointError(f"config.json gives {what} as {found}, where a positive whole number is expected")
+        raise CheckpointError(f"{CONFIG_NAME} has no {what}: none of {', '.join(keys)}")
+    values = [entry for value in found.values() for entry in (value if isinstance(value, list) else [value])]
+    if not values or any(type(value) is not int or value < 1 for value in values):
+        raise CheckpointError(f"{CONFIG_NAME} gives {what} as {found}, where a positive whole number is expected")
     if len(set(values)) > 1:
-        raise CheckpointError(f"config.json contradicts itself on {what}: {found}")
+        raise CheckpointError(f"{CONFIG_NAME} contradicts itself on {what}: {found}")
     return int(values[0])
+
+
+def experts_section(config: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
+    """The part of a config that holds expert counts.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    section = text_section(config)
+    if architecture.experts_section is None:
+        return section
+    value = section.get(architecture.experts_section)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{CONFIG_NAME} has no table {architecture.experts_section!r}")
+    return value
 
 
 def find(config: Mapping[str, Any], architectures: Sequence[Architecture]) -> Architecture:
     """The architecture of a config.
 
     Raises:
-        UnsupportedError: an unknown family, with the known ones named, or a dense model.
+        UnsupportedError: an unknown family, with the known ones named, a refused one, or a dense model.
     """
     model_type = config.get("model_type")
     for architecture in architectures:
         if model_type in architecture.model_types:
+            if architecture.refusal is not None:
+                raise UnsupportedError(architecture.refusal)
             return architecture
-    supported = ", ".join(sorted(t for architecture in architectures for t in architecture.model_types))
+    supported = ", ".join(
+        sorted(t for architecture in architectures if not architecture.refusal for t in architecture.model_types)
+    )
     expert_keys = [key for key in config if "expert" in key]
     if not expert_keys and not any(
         isinstance(value, dict) and any("expert" in key for key in value) for value in config.values()
@@ -189,6 +344,39 @@ def find(config: Mapping[str, Any], architectures: Sequence[Architecture]) -> Ar
     )
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """What config.json says."""
+
+    num_experts: int
+    num_zero_experts: int
+    top_k: int
+    num_groups: int
+    topk_groups: int
+    num_layers: int
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], architecture: Architecture) -> _Counts:
+        text, section = text_section(config), experts_section(config, architecture)
+        num_experts = config_count(section, architecture.num_experts_keys, what="number of experts")
+        top_k = config_count(section, architecture.top_k_keys, what="number of experts per token")
+        if top_k > num_experts:
+            raise CheckpointError(f"{CONFIG_NAME} routes each token to {top_k} of {num_experts} experts")
+
+        def optional(key: str | None, what: str, default: int) -> int:
+            return config_count(section, [key], what=what) if key and section.get(key) else default
+
+        num_groups = optional(architecture.num_groups_key, "number of groups", 1)
+        return cls(
+            num_experts=num_experts,
+            num_zero_experts=optional(architecture.num_zero_experts_key, "number of zero experts", 0),
+            top_k=top_k,
+            num_groups=num_groups,
+            topk_groups=optional(architecture.topk_groups_key, "number of groups per token", num_groups),
+            num_layers=config_count(text, architecture.num_layers_keys, what="number of layers"),
+        )
+
+
 def resolve(checkpoint: Checkpoint, architectures: Sequence[Architecture]) -> MoELayout:
     """Assign every tensor of every MoE layer to its expert.
 
@@ -198,47 +386,39 @@ def resolve(checkpoint: Checkpoint, architectures: Sequence[Architecture]) -> Mo
             tensor that depends on the number of experts and is claimed by no slot.
     """
     architecture = find(checkpoint.config, architectures)
-    section = section_of(checkpoint.config, architecture.config_section)
-    num_experts = config_count(section, architecture.num_experts_keys, what="number of experts")
-    top_k = config_count(section, architecture.top_k_keys, what="number of experts per token")
-    if top_k > num_experts:
-        raise CheckpointError(f"config.json routes each token to {top_k} of {num_experts} experts")
-    groups_key = architecture.num_groups_key
-    num_groups = (
-        config_count(section, [groups_key], what="number of groups") if groups_key and section.get(groups_key) else 1
-    )
-
+    counts = _Counts.read(checkpoint.config, architecture)
     experts: dict[int, dict[int, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     stacked: dict[int, list[StackedTensor]] = defaultdict(list)
     unclaimed: list[TensorInfo] = []
     for name, info in checkpoint.tensors.items():
-        for slot in architecture.slots:
-            match = slot.regex.fullmatch(name)
-            if match is None:
-                continue
-            layer = int(match["layer"])
-            if slot.axis is None:
-                experts[layer][int(match["expert"])][name[match.end("expert") :]] = info
-            else:
-                _check_stacked(info, slot.axis, num_experts)
-                stacked[layer].append(StackedTensor(info, slot.axis, slot.role))
-            break
-        else:
+        claim = architecture.claim(name)
+        if claim is None:
             unclaimed.append(info)
+            continue
+        layer = claim.layer + (counts.num_layers if claim.is_mtp_block else 0)
+        if claim.slot.axis is None:
+            experts[layer][int(name[claim.start : claim.stop])][name[claim.stop :]] = info
+        elif (tensor := _stack(info, claim.slot, claim.slot.axis, counts)) is not None:
+            stacked[layer].append(tensor)
 
     indices = sorted(experts.keys() | stacked.keys())
     if not indices:
         raise CheckpointError(
             f"no tensor of {checkpoint.origin} has the name of a {architecture.name} expert",
-            hint=f"expected names like {architecture.slots[0].pattern}",
+            hint=f"expected names like {architecture.blocks[0]}{architecture.slots[0].pattern}",
         )
-    _check_unclaimed(unclaimed, architecture, indices, num_experts)
+    _check_unclaimed(unclaimed, architecture, counts, set(indices))
+    is_companion = read_format(checkpoint).is_companion
     return MoELayout(
-        architecture,
-        num_experts,
-        top_k,
-        num_groups,
-        tuple(_layer(i, experts[i], stacked[i], architecture, num_experts) for i in indices),
+        architecture=architecture,
+        num_experts=counts.num_experts,
+        top_k=counts.top_k,
+        num_groups=counts.num_groups,
+        topk_groups=counts.topk_groups,
+        num_layers=counts.num_layers,
+        layers=tuple(
+            _layer(index, experts[index], stacked[index], counts.num_experts, is_companion) for index in indices
+        ),
     )
 
 
@@ -246,11 +426,11 @@ def _layer(
     index: int,
     experts: Mapping[int, Mapping[str, TensorInfo]],
     stacked: Sequence[StackedTensor],
-    architecture: Architecture,
     num_experts: int,
+    is_companion: Callable[[str], bool],
 ) -> MoELayer:
-    wants_experts = any(slot.axis is None for slot in architecture.slots)
-    if wants_experts:
+    incomplete: dict[int, tuple[str, ...]] = {}
+    if experts:
         absent = sorted(set(range(num_experts)) - experts.keys())
         extra = sorted(experts.keys() - set(range(num_experts)))
         if absent or extra:
@@ -259,39 +439,70 @@ def _layer(
                 f"missing {_brief(absent)}, beyond the count {_brief(extra)}",
                 hint="neither transformers nor vLLM would notice this",
             )
-        usual = Counter(frozenset(parts) for parts in experts.values()).most_common(1)[0][0]
+        weights = {
+            expert: frozenset(rest for rest, info in parts.items() if not is_companion(info.name))
+            for expert, parts in experts.items()
+        }
+        companions = {rest for parts in experts.values() for rest in parts} - frozenset().union(*weights.values())
+        usual = Counter(weights.values()).most_common(1)[0][0]
         for expert in range(num_experts):
-            if odd := sorted(usual ^ experts[expert].keys()):
+            if lacking := sorted(companions - experts[expert].keys()):
+                incomplete[expert] = tuple(lacking)
+            if odd := sorted(usual ^ weights[expert]):
                 verb = "lacks" if odd[0] in usual else "alone has"
                 raise CheckpointError(
                     f"expert {expert} of layer {index} {verb} the tensor {odd[0].lstrip('.')!r} ({len(odd)} differ)"
                 )
-    routers = [tensor for tensor in stacked if tensor.role == "router"]
-    if not routers:
+    elif not any(tensor.role == "expert" for tensor in stacked):
+        raise CheckpointError(f"layer {index} has a router and no experts")
+    if not any(tensor.role == "router" for tensor in stacked):
         raise CheckpointError(f"layer {index} has experts and no router")
-    return MoELayer(index, tuple(experts[e] for e in range(num_experts)) if wants_experts else (), tuple(stacked))
+    return MoELayer(index, tuple(experts[e] for e in range(num_experts)) if experts else (), tuple(stacked), incomplete)
 
 
-def _check_stacked(info: TensorInfo, axis: int, num_experts: int) -> None:
-    if len(info.shape) <= axis or info.shape[axis] != num_experts:
+def _stack(info: TensorInfo, slot: Slot, axis: int, counts: _Counts) -> StackedTensor | None:
+    """The tensor with its expert dimension; None for a single value that serves all experts, such as a scale."""
+    entries = counts.num_experts
+    if slot.holds == "experts and zero experts":
+        entries += counts.num_zero_experts
+    size = info.shape[axis] if len(info.shape) > axis else 0
+    fits = size > 0 and size % entries == 0 if slot.holds == "rows of experts" else size == entries
+    if not fits:
+        if slot.role == "expert" and info.num_elements == 1:
+            return None
         raise CheckpointError(
-            f"{info.name!r} has the shape {list(info.shape)}: dimension {axis} should be the {num_experts} experts "
+            f"{info.name!r} has the shape {list(info.shape)}: dimension {axis} should be the {entries} {slot.holds} "
             "of config.json"
         )
+    return StackedTensor(info, axis, slot.role, entries, counts.num_experts)
 
 
 def _check_unclaimed(
-    infos: Iterable[TensorInfo], architecture: Architecture, indices: Sequence[int], num_experts: int
+    infos: Iterable[TensorInfo], architecture: Architecture, counts: _Counts, indices: set[int]
 ) -> None:
-    blocks = tuple(architecture.block.format(layer=index) for index in indices)
-    allowed = [Slot(pattern, None, "expert").regex for pattern in architecture.unpruned]
     for info in infos:
-        in_block = info.name.startswith(blocks)
-        if in_block and num_experts in info.shape and not any(regex.fullmatch(info.name) for regex in allowed):
+        if architecture.is_unpruned(info.name):
+            continue
+        for reason in _dependence(info, architecture, counts, indices):
             raise UnsupportedError(
-                f"{info.name!r} {list(info.shape)} has a dimension equal to the {num_experts} experts, and "
-                f"{architecture.name}'s layout does not say whether pruning must slice it"
+                f"{info.name!r} {list(info.shape)} {reason}, and {architecture.name}'s layout does not say whether "
+                "pruning must slice it"
             )
+
+
+def _dependence(info: TensorInfo, architecture: Architecture, counts: _Counts, indices: set[int]) -> Iterator[str]:
+    """Why a tensor that nothing claims may depend on the number of experts."""
+    blocks = (
+        block.format(layer=index) for block in architecture.blocks for index in (architecture.layer_of(info.name),)
+    )
+    if (
+        counts.num_experts in info.shape
+        and architecture.layer_of(info.name) in indices
+        and info.name.startswith(tuple(blocks))
+    ):
+        yield f"has a dimension equal to the {counts.num_experts} experts"
+    if ".experts." in info.name:
+        yield "has the name of an expert"
 
 
 def _brief(numbers: Sequence[int]) -> str:

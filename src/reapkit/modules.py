@@ -5,14 +5,12 @@
 suspended in front of every layer until that layer is loaded. Nothing of the forward is imitated, so whatever a model carries from
 layer to layer (alternating masks, indexers, several streams) is carried.
 
-Shape suffixes: B = documents, T = tokens, N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by
-expert, K = experts per token, E = experts, D = hidden size, V = vocabulary.
+Shape suffixes: B = documents, T = tokens, D = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,80 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import Checkpoint, read_config
 from reapkit.errors import CheckpointError, UnsupportedError
-from reapkit.formats import Format, decode, read_format
-from reapkit.layout import MoELayout
+from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
+from reapkit.formats import decode
+from reapkit.layout import Architecture, MoELayout
+from reapkit.quantization import Format, read_format
 from reapkit.tensors import TensorInfo
 
-EXPERTS_NAME = "reapkit"
-
-# What an observer of the experts receives: expert_P, gate_P, norm_P, token_P (see `RoutedPairs`).
-RoutedObserver = Callable[["RoutedPairs"], None]
-
-
-class RoutedPairs:
-    """What one micro-batch sent to one layer's experts, one entry per routed (token, expert) pair, sorted by expert.
-
-    Attributes:
-        layer: number of the layer.
-        expert_P: int64, the expert.
-        token_P: int64, the token's place in the micro-batch laid end to end.
-        gate_P: float32, the coefficient with which the model multiplies the expert's output.
-        norm_P: float32, L2 norm of the expert's output before that.
-    """
-
-    __slots__ = ("expert_P", "gate_P", "layer", "norm_P", "token_P")
-
-    def __init__(self, layer: int, expert_P: Tensor, token_P: Tensor, gate_P: Tensor, norm_P: Tensor) -> None:
-        self.layer = layer
-        self.expert_P = expert_P
-        self.token_P = token_P
-        self.gate_P = gate_P
-        self.norm_P = norm_P
-
-
-def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
-    """An experts function for transformers' registry: the layer's output, with every pair shown to the running forward's observer.
-
-    Tokens are gathered by expert, so each expert runs on its own tokens only. Norms are taken in float32 before the gate.
-
-    Args:
-        hidden_ND: input of the experts, [N, D].
-        expert_NK: int64, the experts that the model's own router chose.
-        gate_NK: the model's own final coefficients.
-
-    Returns:
-        [N, D] in the input's dtype.
-    """
-    from transformers.integrations.moe import _grouped_linear
-
-    num_tokens, top_k = expert_NK.shape
-    expert_P, order_P = torch.sort(expert_NK.reshape(-1), stable=True)
-    token_P = order_P // top_k
-    gate_P = gate_NK.reshape(-1)[order_P]
-    offsets_E = torch.searchsorted(expert_P, torch.arange(self.num_experts, device=expert_P.device), right=True).int()
-
-    def project(inputs: Tensor, name: str) -> Any:
-        bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
-        return _grouped_linear(inputs, getattr(self, name), offsets_E, bias=bias, is_transposed=self.is_transposed)
-
-    inner = project(hidden_ND[token_P], "gate_up_proj" if self.has_gate else "up_proj")
-    out_PD = project(self._apply_gate(inner) if self.has_gate else self.act_fn(inner), "down_proj")
-    if getattr(self, "has_post_expert_norm", False):
-        out_PD = self.post_expert_norm(out_PD)
-
-    forward = threading.current_thread()
-    if isinstance(forward, _Forward) and forward.observe is not None:
-        norm_P = torch.linalg.vector_norm(out_PD, dim=-1, dtype=torch.float32)
-        forward.observe(RoutedPairs(forward.layer, expert_P, token_P, gate_P.float(), norm_P))
-
-    # Weighted in the gate's dtype and summed pair by pair in the token's order: no atomics, so the same bits every time.
-    weighted_PD = out_PD * gate_P.unsqueeze(-1)
-    unsorted = torch.empty_like(weighted_PD)
-    unsorted[order_P] = weighted_PD
-    out_ND: Tensor = unsorted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_ND.dtype)
-    return out_ND
+SIBLING_HINT = (
+    "observe a sibling of the same model in bf16 or another supported format: a plan made from it prunes this one, since the "
+    "routers are the same"
+)
 
 
 class StreamedModel:
@@ -131,9 +67,15 @@ class StreamedModel:
         self.layout = layout
         self.device = device
         self.dtype = dtype
-        self.format: Format = read_format(checkpoint.config)
+        self.format: Format = read_format(checkpoint)
+        if self.format.obstacle is not None:
+            raise UnsupportedError(self.format.obstacle, hint=SIBLING_HINT)
         self.module = build_meta_model(
-            checkpoint.path, origin=checkpoint.origin, dtype=dtype, trust_remote_code=trust_remote_code
+            checkpoint.path,
+            layout.architecture,
+            origin=checkpoint.origin,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.layers = _decoder_layers(self.module, layout)
@@ -161,7 +103,7 @@ class StreamedModel:
     def entry_nbytes(self) -> int:
         """Bytes on the device of what runs before the first layer and after the last one, the output projection left out."""
         size = torch.empty((), dtype=self.dtype).element_size()
-        return sum(info.num_elements for info in self._entry if not self.format.is_companion(info.name)) * size
+        return sum(self.format.num_values(info) for info in self._entry) * size
 
     @property
     def nbytes_per_pass(self) -> int:
@@ -204,7 +146,9 @@ class StreamedModel:
 
     def _decode(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
         return {
-            info.name: decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+            self.format.decoded(info, self.checkpoint.tensors)[0]: decode(
+                self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device
+            )
             for info in infos
             if not self.format.is_companion(info.name)
         }
@@ -329,27 +273,40 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def build_meta_model(
+    path: Path, architecture: Architecture, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> Any:
     """The model of a folder's config.json on the meta device, its experts routed through `observed_experts`."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
     try:
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            if (model_type := read_config(path).get("model_type")) in architecture.not_in_transformers:
+                raise UnsupportedError(
+                    f"transformers has no class for {model_type!r}, so its experts cannot be observed",
+                    hint="a plan made elsewhere prunes it all the same",
+                )
+            if architecture.runs_as is not None:
+                described = {key: value for key, value in read_config(path).items() if key != "model_type"}
+                config = type(AutoConfig.for_model(architecture.runs_as)).from_dict(described)
+            else:
+                config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             # Weights are dequantised before they reach the model, so it must not be prepared for quantised ones.
-            if getattr(config, "quantization_config", None) is not None:
-                del config.quantization_config
+            for part in (config, config.get_text_config()):
+                if getattr(part, "quantization_config", None) is not None:
+                    del part.quantization_config
             config.use_cache = False
             # Kept for every layer until the forward ends, they would make memory grow with the number of layers.
             for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
                 setattr(config.get_text_config(), name, False)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
+                model = _model_class(config).from_config(
                     config, dtype=dtype, experts_implementation=EXPERTS_NAME, trust_remote_code=trust_remote_code
                 )
+                adapt(model)
     except (StrictDataclassError, OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
@@ -357,6 +314,19 @@ def build_meta_model(path: Path, *, origin: str, dtype: torch.dtype, trust_remot
                                    hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
         raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
     return model.eval().requires_grad_(False)
+
+
+def _model_class(config: Any) -> Any:
+    """The kind of model that a config describes: language models, and those that also see, which are run on text alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    named = next(iter(config.architectures or ()), "")
+    return (
+        AutoModelForCausalLM
+        if is_remote or (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not named.endswith("ForConditionalGeneration"))
+        else AutoModelForImageTextToText
+    )
 
 
 def _require_rotary_dim(model: Any, *, origin: str) -> None:
@@ -375,7 +345,7 @@ def _require_rotary_dim(model: Any, *, origin: str) -> None:
 
 
 def shapes_on_disk(
-    path: Path, *, origin: str, trust_remote_code: bool = False
+    path: Path, architecture: Architecture, *, origin: str, trust_remote_code: bool = False
 ) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     """Shapes of the unquantised weights of a folder's config.json by on-disk name, without any weights.
 
@@ -384,7 +354,9 @@ def shapes_on_disk(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = build_meta_model(path, origin=origin, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    model = build_meta_model(
+        path, architecture, origin=origin, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+    )
     state = model.state_dict()
     owned = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     with _quiet_transformers():
@@ -416,14 +388,12 @@ class _Forward(threading.Thread):
     """One micro-batch's forward, run a layer at a time.
 
     Attributes:
-        layer: number of the layer that runs, or that it is suspended in front of.
-        observe: called by the experts function with every layer's routed pairs.
+        result: what the model returned.
     """
 
     def __init__(self, run: Callable[[], Any], *, device: torch.device, observe: RoutedObserver | None) -> None:
         super().__init__(daemon=True)
-        self.layer = -1
-        self.observe = observe
+        self._observe = observe
         self.result: Any = None
         self._run_forward = run
         self._device = device
@@ -437,6 +407,7 @@ class _Forward(threading.Thread):
         try:
             if self._cancelled:
                 return
+            running.observe = self._observe
             # Gradient mode and the current device belong to the thread.
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
@@ -451,7 +422,7 @@ class _Forward(threading.Thread):
 
     def pause(self, layer: int) -> None:
         """Called in the thread: wait in front of a layer."""
-        self.layer = layer
+        running.layer = layer
         self._paused.release()
         self._resumed.acquire()
         if self._cancelled:
@@ -459,7 +430,7 @@ class _Forward(threading.Thread):
 
     def step(self) -> None:
         """Called from outside: run up to the next pause or to the end."""
-        if not self.is_alive() and self.layer == -1:
+        if self.ident is None:
             self.start()
         self._resumed.release()
         self._paused.acquire()
@@ -564,14 +535,13 @@ def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _decoder_layers(module: nn.Module, layout: MoELayout) -> Sequence[nn.Module]:
-    """The list of decoder layers: the one ModuleList that is long enough for the layout's last layer and whose members hold experts."""
+    """The list of decoder layers: the one ModuleList that is as long as config.json says and whose members hold experts."""
     found = [
         child
         for child in module.modules()
         if isinstance(child, nn.ModuleList)
-        and any(
-            hasattr(part, "has_gate") and hasattr(part, "num_experts") for layer in child for part in layer.modules()
-        )
+        and len(child) == layout.num_layers
+        and any(experts_of(layer) is not None for layer in child)
     ]
     if not found:
         raise UnsupportedError(
@@ -585,16 +555,14 @@ def _decoder_layers(module: nn.Module, layout: MoELayout) -> Sequence[nn.Module]
 def _split_by_layer(
     checkpoint: Checkpoint, layout: MoELayout, num_layers: int
 ) -> tuple[list[list[TensorInfo]], list[TensorInfo]]:
-    prefix = layout.architecture.block.partition("{layer}")[0]
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     by_layer: list[list[TensorInfo]] = [[] for _ in range(num_layers)]
     outer = []
     for info in checkpoint.tensors.values():
-        match = pattern.match(info.name)
-        if match is None:
+        index = layout.architecture.layer_of(info.name)
+        if index is not None and index < num_layers:
+            by_layer[index].append(info)
+        elif not layout.is_mtp(info.name):  # which transformers does not run
             outer.append(info)
-        elif int(match[1]) < num_layers:  # MTP layers lie behind the last one, and transformers does not run them
-            by_layer[int(match[1])].append(info)
     return by_layer, outer
 
 

@@ -24,7 +24,8 @@ from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
-from reapkit.modules import RoutedObserver, RoutedPairs, StreamedModel, SuspendedForwards, load_tokenizer
+from reapkit.experts import RoutedObserver, RoutedPairs, experts_of
+from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
 from reapkit.progress import Progress, silent
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
 
@@ -194,7 +195,9 @@ class Observation:
             DataError: an activation is NaN or infinite; layer and batch are named.
         """
         num_rows = len(self.data.domains) * NUM_FOLDS
-        layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in self._observed_layers()}
+        layers = {
+            index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in self.layout.layer_indices
+        }
         total = self.data.num_tokens * len(self.model.layers)
         done = 0
         progress("observe", 0, total, "tokens x layers")
@@ -228,13 +231,14 @@ class Observation:
             origin=self.checkpoint.origin,
             revision=self.checkpoint.revision,
             layout=self.checkpoint.layout_fingerprint,
-            routing=self.checkpoint.fingerprint(self.layout.router_names),
+            routing=self.checkpoint.fingerprint(self.layout.fingerprinted_names),
             num_experts=self.layout.num_experts,
             top_k=self.layout.top_k,
             num_groups=self.layout.num_groups,
             domains=self.data.domains,
             settings=self.settings,
             calibration=(record,),
+            unobserved=self.layout.mtp_indices,
             layers=layers,
         )
 
@@ -242,13 +246,10 @@ class Observation:
         """Whether statistics are what `run` would measure: same model, text and settings."""
         return (
             statistics.layout == self.checkpoint.layout_fingerprint
-            and statistics.routing == self.checkpoint.fingerprint(self.layout.router_names)
+            and statistics.routing == self.checkpoint.fingerprint(self.layout.fingerprinted_names)
             and statistics.settings == self.settings
             and [record.digest for record in statistics.calibration] == [self.data.digest]
         )
-
-    def _observed_layers(self) -> list[int]:
-        return [index for index in self.layout.layer_indices if index < len(self.model.layers)]
 
 
 class _LayerSums:
@@ -394,8 +395,10 @@ def _batch_bytes(model: StreamedModel, parts: Sequence[CalibrationBatch]) -> int
     Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
     both halves of the inner activation with two products, four times the inner size; per token some ten hidden sizes for attention.
     """
-    experts: Any = next(part for layer in model.layers for part in layer.modules() if hasattr(part, "has_gate"))
-    inner = experts.down_proj.numel() // experts.num_experts // model.hidden_size
+    experts = next(part for layer in model.layers if (part := experts_of(layer)) is not None)
+    weights = sum(parameter.numel() for parameter in experts.parameters())
+    # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
+    inner = weights // model.layout.num_experts // model.hidden_size // (3 if experts.has_gate else 2)
     width = model.layout.top_k * 4 * (model.hidden_size + inner) + 10 * model.hidden_size
     size = torch.empty((), dtype=model.dtype).element_size()
     return int(max(batch.input_ids_BT.size for batch in parts) * width * size)
@@ -405,9 +408,10 @@ def _flops_per_token(model: StreamedModel) -> float:
     """Floating-point operations of one token in one layer, two per active weight; attention's products with T are left out."""
     total = 0.0
     for layer in model.layers:
-        for module in layer.modules():
-            share = model.layout.top_k / model.layout.num_experts if hasattr(module, "has_gate") else 1.0
-            total += share * sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        experts = experts_of(layer)
+        all_weights = sum(parameter.numel() for parameter in layer.parameters())
+        idle = sum(parameter.numel() for parameter in experts.parameters()) if experts is not None else 0
+        total += all_weights - idle * (1 - model.layout.top_k / model.layout.num_experts)
     return 2 * total / len(model.layers)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from reapkit.statistics import Statistics
 from reapkit.tensors import parse_json
 
 FORMAT = "reapkit-plan-1"
+MTP_POLICIES = "same-as-last, same-as-layer-N or drop"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class PruningPlan:
         num_experts: experts per layer before pruning.
         top_k: experts that each token is routed to.
         kept: by layer number, the kept experts' original numbers, ascending; equally many in every layer.
+        unmeasured: MTP layers, which calibration never runs, with the layer whose kept set each of them took.
+        drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
     """
@@ -66,6 +70,8 @@ class PruningPlan:
     num_experts: int
     top_k: int
     kept: Mapping[int, tuple[int, ...]]
+    unmeasured: Mapping[int, int] = field(default_factory=dict)
+    drop_mtp: bool = False
     calibration: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -85,6 +91,9 @@ class PruningPlan:
                     f"layer {layer} of the plan lists the expert {odd} twice or out of order",
                     hint="list every kept expert once, in ascending order",
                 )
+        for layer, measured in self.unmeasured.items():
+            if self.kept.get(layer) is None or self.kept[layer] != self.kept.get(measured):
+                raise PlanError(f"layer {layer} of the plan does not keep the experts of layer {measured}, as it says")
         _require_top_k(self.num_kept, self.num_experts, self.top_k)
 
     @property
@@ -96,6 +105,41 @@ class PruningPlan:
         """The experts of a layer that go."""
         kept = set(self.kept[layer])
         return tuple(expert for expert in range(self.num_experts) if expert not in kept)
+
+    def with_mtp(self, layers: Sequence[int], policy: str | None = None) -> PruningPlan:
+        """The plan with MTP layers provided for.
+
+        Args:
+            layers: the MTP layers with experts on disk.
+            policy: one of `MTP_POLICIES`; None takes what the plan says of them, and the kept set of the last measured layer for those
+                of which it says nothing.
+
+        Raises:
+            UsageError: an unknown policy, a layer that the plan does not know, or a policy where there are no MTP layers.
+        """
+        if policy is None:
+            if self.drop_mtp or set(layers) <= self.kept.keys():
+                return self
+            layers = [layer for layer in layers if layer not in self.kept]
+        elif not layers:
+            raise UsageError(f"--mtp {policy}: the checkpoint has no MTP layers with experts", hint="leave out --mtp")
+        kept = {layer: experts for layer, experts in self.kept.items() if layer not in layers}
+        unmeasured = {layer: like for layer, like in self.unmeasured.items() if layer not in layers}
+        if policy == "drop":
+            return replace(self, kept=kept, unmeasured={}, drop_mtp=True)
+        measured = kept.keys() - unmeasured.keys()
+        like = max(measured)
+        if policy not in (None, "same-as-last"):
+            match = re.fullmatch(r"same-as-layer[-= ](\d+)", policy)
+            if match is None:
+                raise UsageError(f"--mtp {policy!r} is not one of: {MTP_POLICIES}", hint="--mtp same-as-last")
+            if (like := int(match[1])) not in measured:
+                raise UsageError(f"--mtp {policy}: layer {like} has no experts of its own choice in the plan",
+                                 hint=f"layers with experts: {min(measured)} to {max(measured)}")  # fmt: skip
+        taken = dict.fromkeys(layers, like)
+        return replace(
+            self, kept=kept | dict.fromkeys(layers, kept[like]), unmeasured=unmeasured | taken, drop_mtp=False
+        )
 
     def require_fits(self, layout: MoELayout, *, layout_fingerprint: str, routing_fingerprint: str) -> None:
         """Raise PlanError unless the plan was made for this checkpoint, or for a sibling with the same routers.
@@ -113,10 +157,21 @@ class PruningPlan:
             raise PlanError(
                 f"the plan is for {self.num_experts} experts per layer, and the checkpoint has {layout.num_experts}"
             )
-        if apart := sorted(set(self.kept) ^ set(layout.layer_indices)):
+        expected = {*layout.layer_indices, *(() if self.drop_mtp else layout.mtp_indices)}
+        if apart := sorted(set(self.kept) ^ expected):
             what = "the plan" if apart[0] in self.kept else "the checkpoint"
             raise PlanError(f"the MoE layer {apart[0]} is only in {what} ({len(apart)} such layers)")
         _require_top_k(self.num_kept, layout.num_experts, layout.top_k)
+        require_groups(layout, self.num_kept)
+        size = layout.num_experts // layout.num_groups
+        for layer, experts in self.kept.items():
+            counts = np.bincount(np.asarray(experts) // size, minlength=layout.num_groups)
+            if counts.min() != counts.max():
+                raise PlanError(
+                    f"layer {layer} of the plan keeps {counts.min()} to {counts.max()} experts per router group, and routers with "
+                    "groups need equally many in each",
+                    hint=f"keep {self.num_kept // layout.num_groups} in each of the {layout.num_groups} groups",
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -128,6 +183,8 @@ class PruningPlan:
             "num_experts": self.num_experts,
             "num_kept": self.num_kept,
             "top_k": self.top_k,
+            "unmeasured": {str(layer): like for layer, like in self.unmeasured.items()},
+            "drop_mtp": self.drop_mtp,
             "kept": {str(layer): list(experts) for layer, experts in self.kept.items()},
         }
 
@@ -158,7 +215,8 @@ class PruningPlan:
     @classmethod
     def from_json(cls, described: Mapping[str, Any], *, origin: str) -> PruningPlan:
         """The plan in a parsed JSON object."""
-        known = {"format", "source", "criterion", "seed", "calibration", "num_experts", "num_kept", "top_k", "kept"}
+        known = {"format", "source", "criterion", "seed", "calibration", "num_experts", "num_kept", "top_k", "unmeasured",
+                 "drop_mtp", "kept"}  # fmt: skip
         if described.get("format") != FORMAT:
             raise PlanError(f"{origin} is not a plan of reapkit", hint="make one with reapkit plan")
         if unknown := sorted(described.keys() - known):
@@ -173,6 +231,8 @@ class PruningPlan:
                 num_experts=int(described["num_experts"]),
                 top_k=int(described["top_k"]),
                 kept=kept,
+                unmeasured={int(layer): like for layer, like in described["unmeasured"].items()},
+                drop_mtp=described["drop_mtp"],
                 calibration=tuple(described["calibration"]),
                 seed=described["seed"],
             )
@@ -218,7 +278,24 @@ def require_target(layout: MoELayout, *, criterion: str, ratio: str | float | No
     criteria.check(criterion)
     count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
     _require_top_k(count, layout.num_experts, layout.top_k)
+    require_groups(layout, count)
     return count
+
+
+def require_groups(layout: MoELayout, count: int) -> None:
+    """Raise PlanError where the groups that a token may choose from would hold fewer experts than it is routed to.
+
+    Groups are compared by the sum of their two best scores in DeepSeek-V3 and its kin, so two must stay in each.
+    """
+    if layout.num_groups == 1:
+        return
+    least = max(2, math.ceil(layout.top_k / layout.topk_groups))
+    if count // layout.num_groups < least:
+        raise PlanError(
+            f"keeping {count} experts leaves {count // layout.num_groups} in each of {layout.num_groups} router groups, and "
+            f"{least} are needed: a token takes {layout.top_k} from {layout.topk_groups} groups",
+            hint=f"keep at least {least * layout.num_groups}",
+        )
 
 
 def _require_top_k(count: int, num_experts: int, top_k: int) -> None:
@@ -300,7 +377,7 @@ def choose(
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
     else:
         scores = criteria.score(statistics.layers, criterion)
-    plan = PruningPlan(
+    chosen = PruningPlan(
         source=PlannedSource(statistics.origin, statistics.revision, statistics.layout, statistics.routing),
         criterion=criterion,
         num_experts=num_experts,
@@ -311,7 +388,7 @@ def choose(
         calibration=tuple(record.digest for record in statistics.calibration),
         seed=seed if criterion == criteria.RANDOM else None,
     )
-    return Choice(plan, scores, statistics)
+    return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics)
 
 
 def plan(
@@ -338,8 +415,8 @@ def choose_for_checkpoint(
     """Choose by the criterion `random`, which needs a checkpoint alone."""
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
-    routing = checkpoint.fingerprint(layout.router_names)
-    plan = PruningPlan(
+    routing = checkpoint.fingerprint(layout.fingerprinted_names)
+    chosen = PruningPlan(
         source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
         criterion=criteria.RANDOM,
         num_experts=layout.num_experts,
@@ -347,7 +424,7 @@ def choose_for_checkpoint(
         kept=select(scores, keep=count, num_groups=layout.num_groups),
         seed=seed,
     )
-    return Choice(plan, scores, None)
+    return Choice(chosen.with_mtp(layout.mtp_indices), scores, None)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from reapkit.layout import MoELayout
 from reapkit.outputs import PARTIAL, explained
 from reapkit.plans import PlannedSource, PruningPlan
 from reapkit.progress import Progress, silent
+from reapkit.quantization import read_format
 from reapkit.tensors import encode_header, parse_json
 
 FORMAT = "reapkit-manifest-1"
@@ -64,6 +65,10 @@ class Manifest:
         criterion, seed, calibration: how the experts were chosen, as the plan says.
         before, after: sizes.
         kept: by layer, the kept experts' original numbers; the position in the list is the new number.
+        unmeasured: MTP layers, with the layer whose kept set each of them took.
+        drop_mtp: whether the MTP layers were removed.
+        observed_layout: the layout's fingerprint of the checkpoint that the plan was made from: the source's own, or that of a sibling
+            in another format with the same routers.
         dequantized: whether quantised weights became bf16.
         routers: tensors that decide the routing: to be left alone by whoever quantises afresh.
         plan: SHA-256 of the plan.
@@ -79,6 +84,9 @@ class Manifest:
     before: Size
     after: Size
     kept: Mapping[int, tuple[int, ...]]
+    unmeasured: Mapping[int, int]
+    drop_mtp: bool
+    observed_layout: str
     dequantized: bool
     routers: tuple[str, ...]
     plan: str
@@ -110,6 +118,7 @@ class Manifest:
             raise CheckpointError(f"{MANIFEST_NAME} in {out} is not in the format {FORMAT}")
         try:
             kept = {int(layer): tuple(experts) for layer, experts in described.pop("kept").items()}
+            unmeasured = {int(layer): like for layer, like in described.pop("unmeasured").items()}
             return cls(
                 source=PlannedSource(**described.pop("source")),
                 before=Size(**described.pop("before")),
@@ -117,6 +126,7 @@ class Manifest:
                 calibration=tuple(described.pop("calibration")),
                 routers=tuple(described.pop("routers")),
                 kept=kept,
+                unmeasured=unmeasured,
                 **described,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -133,6 +143,8 @@ def write(
     *,
     dequantize: bool = False,
     base_model: str | None = None,
+    mtp: str | None = None,
+    allow_missing_scales: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -144,10 +156,15 @@ def write(
         PlanError: the plan is for another model.
         OutputError: the folder is in use, inside the source, or cannot be written.
     """
-    routing = checkpoint.fingerprint(layout.router_names)
+    routing = checkpoint.fingerprint(layout.fingerprinted_names)
+    plan = plan.with_mtp(layout.mtp_indices, mtp)
     plan.require_fits(layout, layout_fingerprint=checkpoint.layout_fingerprint, routing_fingerprint=routing)
+    if not allow_missing_scales:
+        _require_scales(layout, plan)
     shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize)
-    config = edits.edit_config(checkpoint.config, layout, plan.num_kept, dequantize=dequantize)
+    config = edits.edit_config(checkpoint.config, layout, plan.kept, drop_mtp=plan.drop_mtp, dequantize=dequantize)
+    sidecars = edits.edit_sidecars(checkpoint, layout, plan.kept, dequantize=dequantize)
+    copied = [name for name in checkpoint.sidecars if name not in sidecars]
     manifest = _describe(
         checkpoint,
         layout,
@@ -163,7 +180,8 @@ def write(
     }
     files = {
         INDEX_NAME: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode(),
-        CONFIG_NAME: edits.config_text(checkpoint, config, layout.architecture.num_experts_keys),
+        CONFIG_NAME: edits.config_text(checkpoint, config),
+        **{name: content for name, content in sidecars.items() if content is not None},
     }
     refuse_folder(checkpoint, out)
     if dry_run:
@@ -172,15 +190,30 @@ def write(
         _require_space(checkpoint, out, manifest.after.bytes - written)
         return manifest
     command = _identity(checkpoint, manifest)
-    with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *checkpoint.sidecars, MANIFEST_NAME}):
+    with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *copied, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)
         for name, content in files.items():
             write_file(out / name, content)
-        for name in checkpoint.sidecars:
+        for name in copied:
             _copy_sidecar(checkpoint, name, out)
         plan.save(out / PLAN_NAME)
         manifest.save(out)
     return manifest
+
+
+def _require_scales(layout: MoELayout, plan: PruningPlan) -> None:
+    """Raise CheckpointError where a kept expert lacks a scale that others have: vLLM would take whatever lies in memory for it."""
+    missing = [
+        f"layer {layer.index}, expert {expert}: {', '.join(rest.lstrip('.') for rest in layer.incomplete[expert])}"
+        for layer in layout.layers
+        for expert in plan.kept.get(layer.index, ())
+        if expert in layer.incomplete
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} kept experts lack scales that other experts have: {'; '.join(missing)}",
+            hint="fetch the checkpoint again, keep other experts, or go on without with --allow-missing-scales",
+        )
 
 
 def _describe(
@@ -194,20 +227,23 @@ def _describe(
     base_model: str | None,
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    form = read_format(checkpoint)
     return Manifest(
         source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
         base_model=base_model,
         criterion=plan.criterion,
         seed=plan.seed,
         calibration=plan.calibration,
-        before=Size(layout.num_experts, edits.num_parameters(checkpoint.config, shapes), checkpoint.nbytes),
+        before=Size(layout.num_experts, edits.num_parameters(form, checkpoint.tensors.values()), checkpoint.nbytes),
         after=Size(
             plan.num_kept,
-            edits.num_parameters(checkpoint.config, {tensor.name: tensor.shape for tensor in tensors}),
+            edits.num_parameters(form, tensors),
             sum(tensor.nbytes for tensor in tensors),
         ),
         kept=plan.kept,
+        unmeasured=plan.unmeasured,
+        drop_mtp=plan.drop_mtp,
+        observed_layout=plan.source.layout,
         dequantized=dequantize,
         routers=layout.router_names,
         plan=hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest(),

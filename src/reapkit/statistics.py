@@ -102,6 +102,7 @@ class Statistics:
         domains: names of the domains, in the order of the rows.
         settings: what else decides the numbers (dtype, maximum length).
         calibration: the observed texts.
+        unobserved: numbers of the layers with experts that lie on disk and that the model never runs (MTP layers).
         layers: sums by layer number.
     """
 
@@ -115,6 +116,7 @@ class Statistics:
     domains: tuple[str, ...]
     settings: Mapping[str, Any]
     calibration: tuple[CalibrationRecord, ...]
+    unobserved: tuple[int, ...]
     layers: Mapping[int, LayerStatistics] = field(repr=False)
 
     @property
@@ -175,7 +177,8 @@ class Statistics:
                 CalibrationRecord(record["digest"], record["tokens"], record["seed"], tuple(record["sources"]))
                 for record in described.pop("calibration")
             )
-            described["domains"] = tuple(described["domains"])
+            for name in ("domains", "unobserved"):
+                described[name] = tuple(described[name])
             result = cls(**described, calibration=records, layers=layers)
             if not layers:
                 raise ValueError("no layers")
@@ -224,6 +227,16 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
             layers[index].add(layer, rows=rows)
     described = {
         name: getattr(first, name)
-        for name in ("origin", "revision", "layout", "routing", "num_experts", "top_k", "num_groups", "settings")
+        for name in (
+            "origin",
+            "revision",
+            "layout",
+            "routing",
+            "num_experts",
+            "top_k",
+            "num_groups",
+            "settings",
+            "unobserved",
+        )
     }
     return Statistics(**described, domains=domains, calibration=tuple(records), layers=layers)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from reapkit.checkpoint import (
     shard_path,
 )
 from reapkit.errors import CheckpointError, ReapkitError
-from reapkit.layout import MoELayout, resolve
+from reapkit.layout import MoELayout, StackedTensor, resolve
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
+from reapkit.quantization import read_format
 from reapkit.shards import Manifest
-from reapkit.tensors import TensorInfo, nbytes, parse_json, read_header
+from reapkit.tensors import TensorInfo, parse_json, read_header
 
 _CHUNK_BYTES = 16 << 20
 
@@ -83,12 +85,19 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
     if original is not None:
         checkpoint, layout = original
         expected = _expected_tensors(checkpoint, layout, manifest)
-        sidecars = checkpoint.sidecars
         found.compare_tables(expected)
         found.compare_config(
-            edits.edit_config(checkpoint.config, layout, manifest.after.num_experts, dequantize=manifest.dequantized)
+            edits.edit_config(
+                checkpoint.config,
+                layout,
+                manifest.kept,
+                drop_mtp=manifest.drop_mtp,
+                dequantize=manifest.dequantized,
+            )
         )
-        found.compare_sidecars(checkpoint)
+        edited = edits.edit_sidecars(checkpoint, layout, manifest.kept, dequantize=manifest.dequantized)
+        sidecars = tuple(name for name in checkpoint.sidecars if edited.get(name, b"") is not None)
+        found.compare_sidecars(checkpoint, sidecars, edited)
     found.read_files(
         expected,
         {*found.headers, *sidecars, CONFIG_NAME, INDEX_NAME, *(manifest.digests or {})},
@@ -113,16 +122,16 @@ class _Expected:
     Attributes:
         info: the source's tensor.
         dtype, shape: what the output should say.
-        axis: of the experts, where only some of them are kept; else None.
-        indices: the kept experts along it.
+        stacked: the experts' dimension, where only some of them are kept; else None.
+        kept: those experts.
         dequantized: whether the values are to be bf16.
     """
 
     info: TensorInfo
     dtype: str
     shape: tuple[int, ...]
-    axis: int | None = None
-    indices: tuple[int, ...] = ()
+    stacked: StackedTensor | None = None
+    kept: tuple[int, ...] = ()
     dequantized: bool = False
 
 
@@ -139,7 +148,7 @@ def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tu
             hint="say where the source is with --source",
         ) from None
     layout = resolve(checkpoint, ARCHITECTURES)
-    routing = checkpoint.fingerprint(layout.router_names)
+    routing = checkpoint.fingerprint(layout.fingerprinted_names)
     if (checkpoint.layout_fingerprint, routing) != (planned.layout, planned.routing):
         what = "tensors" if checkpoint.layout_fingerprint != planned.layout else "routers"
         raise CheckpointError(
@@ -151,12 +160,13 @@ def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tu
 
 def _expected_tensors(checkpoint: Checkpoint, layout: MoELayout, manifest: Manifest) -> dict[str, _Expected]:
     """What the output should hold, by name: the experts in the manifest's order, stacked tensors at those indices, the rest as it is."""
-    if set(manifest.kept) != set(layout.layer_indices):
+    layers = [layer for layer in layout.layers if not (manifest.drop_mtp and layer.index >= layout.num_layers)]
+    if set(manifest.kept) != {layer.index for layer in layers}:
         raise CheckpointError(
-            f"the manifest lists the kept experts of {len(manifest.kept)} layers, the source has {len(layout.layers)}"
+            f"the manifest lists the kept experts of {len(manifest.kept)} layers, the source has {len(layers)}"
         )
     expected: dict[str, _Expected] = {}
-    for layer in layout.layers:
+    for layer in layers:
         kept = manifest.kept[layer.index]
         if len(set(kept)) != manifest.after.num_experts or not set(kept) <= set(range(layout.num_experts)):
             raise CheckpointError(
@@ -167,23 +177,34 @@ def _expected_tensors(checkpoint: Checkpoint, layout: MoELayout, manifest: Manif
                 expected[layout.renamed(info.name, rank)] = _Expected(info, info.dtype, info.shape)
         for stacked in layer.stacked:
             info, axis = stacked.info, stacked.axis
-            shape = tuple(len(kept) if i == axis else size for i, size in enumerate(info.shape))
-            expected[info.name] = _Expected(info, info.dtype, shape, axis, kept)
+            rows = info.shape[axis] // stacked.num_entries
+            left = rows * (stacked.num_entries - layout.num_experts + len(kept))
+            shape = tuple(left if i == axis else size for i, size in enumerate(info.shape))
+            expected[info.name] = _Expected(info, info.dtype, shape, stacked, kept)
     for name, info in checkpoint.tensors.items():
-        if name not in layout.expert_of and name not in layout.stacked_of:
+        is_dropped = manifest.drop_mtp and layout.is_mtp(name)
+        if name not in layout.expert_of and name not in layout.stacked_of and not is_dropped:
             expected[name] = _Expected(info, info.dtype, info.shape)
     if manifest.dequantized:
-        from reapkit.formats import read_format
-
-        form = read_format(checkpoint.config)
-        expected = {
-            name: replace(item, dtype="BF16", dequantized=True)
-            if form.companions(item.info, checkpoint.tensors)
-            else item
-            for name, item in expected.items()
-            if not form.is_companion(name)
-        }
+        return dict(_dequantized(checkpoint, expected))
     return expected
+
+
+def _dequantized(checkpoint: Checkpoint, expected: Mapping[str, _Expected]) -> Iterator[tuple[str, _Expected]]:
+    """The same with values in bf16 under the names that they have then, and without scales."""
+    form = read_format(checkpoint)
+    for name, item in expected.items():
+        if form.is_companion(item.info.name):
+            continue
+        if not form.companions(item.info, checkpoint.tensors):
+            yield name, item
+            continue
+        decoded, shape = form.decoded(item.info, checkpoint.tensors)
+        # Decoding changes the last part of the name, and the expert's number stands before it.
+        renamed = f"{name.rpartition('.')[0]}.{decoded.rpartition('.')[2]}"
+        if item.stacked is not None:
+            shape = tuple(item.shape[i] if i == item.stacked.axis else size for i, size in enumerate(shape))
+        yield renamed, replace(item, dtype="BF16", shape=shape, dequantized=True)
 
 
 @dataclass
@@ -279,12 +300,17 @@ class _Output:
             return
         self.problems.extend(_differences(config, expected, CONFIG_NAME))
 
-    def compare_sidecars(self, checkpoint: Checkpoint) -> None:
-        """Tokenizer, template, licence and remote code are the source's, byte for byte."""
-        for name in checkpoint.sidecars:
+    def compare_sidecars(
+        self, checkpoint: Checkpoint, names: Sequence[str], edited: Mapping[str, bytes | None]
+    ) -> None:
+        """Tokenizer, template, licence and remote code are the source's, byte for byte; what pruning changes is as it should be."""
+        for name in names:
             path = self.path / name
             if not path.is_file():
                 self.problems.append(f"{name} is missing")
+            elif name in edited:
+                if path.read_bytes() != edited[name]:
+                    self.problems.append(f"{name} does not follow from the source's")
             elif not _same_bytes(path, checkpoint.path / name):
                 self.problems.append(f"{name} differs from the source's")
 
@@ -336,22 +362,30 @@ def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | memoryv
     if item.dequantized:
         import torch
 
-        from reapkit.formats import decode, read_format
+        from reapkit.formats import decode
 
-        values = decode(checkpoint, item.info, format=read_format(checkpoint.config))
-        if item.axis is not None:
-            values = values.index_select(item.axis, torch.tensor(item.indices))
+        values = decode(checkpoint, item.info, format=read_format(checkpoint))
+        if item.stacked is not None:
+            axis, count = item.stacked.axis, item.stacked.num_entries
+            parts = values.tensor_split(count, dim=axis)
+            values = torch.cat([parts[entry] for entry in _entries(item.stacked, item.kept)], dim=axis)
         yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif item.axis is not None:
+    elif item.stacked is not None:
         # The bytes of one expert along the axis are one element of a structured array, whatever the dtype.
-        inner = nbytes(item.info.dtype, item.info.shape[item.axis + 1 :])
+        outer, count = item.info.shape[: item.stacked.axis], item.stacked.num_entries
+        inner = item.info.nbytes // (math.prod(outer) * count)
         stored = np.frombuffer(checkpoint.read(item.info), np.dtype((np.void, inner)))
-        taken = stored.reshape(item.info.shape[: item.axis + 1]).take(item.indices, axis=item.axis)
+        taken = stored.reshape((*outer, count)).take(_entries(item.stacked, item.kept), axis=item.stacked.axis)
         yield taken.tobytes()
     else:
         with (checkpoint.path / item.info.file).open("rb") as stream:
             stream.seek(item.info.start)
             yield from _pieces(stream, item.info.nbytes)
+
+
+def _entries(stacked: StackedTensor, kept: Sequence[int]) -> list[int]:
+    """The kept experts, and whatever follows the experts."""
+    return [*kept, *range(stacked.num_experts, stacked.num_entries)]
 
 
 def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
@@ -368,7 +402,7 @@ def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
 def _describe_difference(info: TensorInfo, item: _Expected) -> str:
     if item.dequantized:
         return f"{info.name!r} in {info.file} is not the dequantised {item.info.name!r} of the source"
-    if item.axis is not None:
+    if item.stacked is not None:
         return f"{info.name!r} in {info.file} is not the kept experts' part of the source's, in their order"
     return f"{info.name!r} in {info.file} differs from {item.info.name!r} of the source"
 

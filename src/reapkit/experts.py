@@ -1,0 +1,223 @@
+"""How the experts of a transformers model are run and shown to whoever observes them.
+
+transformers has a registry of experts functions, which most families go through: the model's own router hands each of them the tokens,
+the chosen experts and the final coefficients. `observed_experts` is one more of them. Families that do not use the registry are brought
+to the same function by the small adapters at the end.
+
+Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
+E = experts, Z = zero experts, D = hidden size, I = inner size of an expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXPERTS_NAME = "reapkit"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPairs:
+    """What one micro-batch sent to one layer's experts, one entry per routed (token, expert) pair, sorted by expert.
+
+    Attributes:
+        layer: number of the layer.
+        expert_P: int64, the expert.
+        token_P: int64, the token's place in the micro-batch laid end to end.
+        gate_P: float32, the coefficient with which the model multiplies the expert's output.
+        norm_P: float32, L2 norm of the expert's output before that.
+    """
+
+    layer: int
+    expert_P: Tensor
+    token_P: Tensor
+    gate_P: Tensor
+    norm_P: Tensor
+
+
+# What an observer of the experts receives.
+RoutedObserver = Callable[[RoutedPairs], None]
+
+
+class _Running(threading.local):
+    """The forward that runs in this thread: the layer that it is in, and who observes it."""
+
+    layer: int = -1
+    observe: RoutedObserver | None = None
+
+
+running = _Running()
+
+
+def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
+    """An experts function for transformers' registry: the layer's output, with every pair shown to the running forward's observer.
+
+    Tokens are gathered by expert, so each expert runs on its own tokens only. Norms are taken in float32 before the gate.
+
+    Args:
+        hidden_ND: input of the experts, [N, D].
+        expert_NK: int64, the experts that the model's own router chose.
+        gate_NK: the model's own final coefficients.
+
+    Returns:
+        [N, D] in the input's dtype.
+    """
+
+    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+        def project(inputs: Tensor, name: str) -> Tensor:
+            bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
+            weight_E = getattr(self, name)
+            return _grouped_linear(inputs, weight_E, expert_P, bias_P=bias, is_transposed=self.is_transposed)
+
+        inner = project(hidden_PD, "gate_up_proj" if self.has_gate else "up_proj")
+        out_PD = project(self._apply_gate(inner) if self.has_gate else self.act_fn(inner), "down_proj")
+        return self.post_expert_norm(out_PD) if getattr(self, "has_post_expert_norm", False) else out_PD
+
+    return _routed(hidden_ND, expert_NK, gate_NK, compute)
+
+
+def _routed(
+    hidden_ND: Tensor,
+    expert_NK: Tensor,
+    gate_NK: Tensor,
+    compute: Callable[[Tensor, Tensor], Tensor],
+    *,
+    num_observed: int | None = None,
+    scale_inputs: bool = False,
+) -> Tensor:
+    """The weighted sum of what experts make of the tokens sent to them.
+
+    Args:
+        hidden_ND, expert_NK, gate_NK: as in `observed_experts`.
+        compute: from inputs [P, D] and experts [P], sorted by expert, to outputs [P, D].
+        num_observed: pairs of experts from this number on are not shown to the observer; None shows all.
+        scale_inputs: multiply the experts' inputs with the coefficients, and not their outputs.
+    """
+    num_tokens, top_k = expert_NK.shape
+    expert_P, order_P = torch.sort(expert_NK.reshape(-1), stable=True)
+    token_P = order_P // top_k
+    gate_P = gate_NK.reshape(-1)[order_P]
+    hidden_PD = hidden_ND[token_P]
+    if scale_inputs:
+        hidden_PD, gate_P = hidden_PD * gate_P.unsqueeze(-1), torch.ones_like(gate_P)
+    out_PD = compute(hidden_PD, expert_P)
+    if running.observe is not None:
+        shown = slice(None) if num_observed is None else slice(int((expert_P < num_observed).sum()))
+        norm_P = torch.linalg.vector_norm(out_PD[shown], dim=-1, dtype=torch.float32)
+        running.observe(RoutedPairs(running.layer, expert_P[shown], token_P[shown], gate_P[shown].float(), norm_P))
+
+    # Weighted in the gate's dtype and summed pair by pair in the token's order: no atomics, so the same bits every time.
+    weighted_PD = out_PD * gate_P.unsqueeze(-1)
+    unsorted = torch.empty_like(weighted_PD)
+    unsorted[order_P] = weighted_PD
+    out_ND: Tensor = unsorted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_ND.dtype)
+    return out_ND
+
+
+def _grouped_linear(
+    inputs: Tensor, weight_E: Tensor, expert_P: Tensor, *, bias_P: Tensor | None = None, is_transposed: bool = False
+) -> Tensor:
+    """Each row times its expert's weight: [E, out, in], or [E, in, out] if transposed; rows are sorted by expert."""
+    from transformers.integrations.moe import _grouped_linear as grouped
+
+    numbers_E = torch.arange(len(weight_E), device=expert_P.device)
+    offsets_E = torch.searchsorted(expert_P, numbers_E, right=True).int()
+    result: Tensor = grouped(inputs, weight_E, offsets_E, bias=bias_P, is_transposed=is_transposed)
+    return result
+
+
+# --- families that do not go through the registry
+
+
+def adapt(model: nn.Module) -> None:
+    """Bring experts that transformers runs by code of their own to `observed_experts` or a function like it; model on the meta device."""
+    for module in model.modules():
+        if adapter := _ADAPTERS.get(type(module).__name__):
+            adapter(module)
+
+
+def experts_of(layer: nn.Module) -> nn.Module | None:
+    """The module that holds a layer's expert weights and shows what is routed to them; None for a layer without experts."""
+    return next((part for part in layer.modules() if hasattr(part, "has_gate") and hasattr(part, "num_experts")), None)
+
+
+def _adapt_plain(experts: Any) -> None:
+    """Weights lie as the registry expects them, and only the class is not registered."""
+    experts.has_gate, experts.has_bias, experts.is_transposed = True, False, False
+    experts.forward = partial(observed_experts, experts)
+
+
+def _adapt_longcat(experts: Any) -> None:
+    """LongCat-Flash: choices from E on are zero experts, which return their input and have no weights.
+
+    transformers allocates gate and up projections for them too, which no checkpoint of the vendor holds.
+    """
+    experts.has_gate, experts.num_experts = True, experts.num_routed_experts
+    num_experts = experts.num_experts
+    shape = (num_experts, *experts.gate_up_proj.shape[1:])
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(shape), requires_grad=False)
+
+    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+        real = int((expert_P < num_experts).sum())
+        gate_up = _grouped_linear(hidden_PD[:real], experts.gate_up_proj, expert_P[:real])
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = _grouped_linear(experts.act_fn(gate) * up, experts.down_proj, expert_P[:real])
+        return torch.cat((out, hidden_PD[real:]))
+
+    experts.forward = lambda hidden_ND, expert_NK, gate_NK: _routed(
+        hidden_ND, expert_NK, gate_NK, compute, num_observed=num_experts
+    )
+
+
+def _adapt_dbrx(experts: Any) -> None:
+    """DBRX: one matrix [E x I, D] per projection, the experts' rows one after the other."""
+    experts.has_gate = True
+
+    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+        glu = experts.mlp
+        w1, v1, w2 = (weight.view(experts.num_experts, -1, experts.hidden_size) for weight in (glu.w1, glu.v1, glu.w2))
+        gate, up = _grouped_linear(hidden_PD, w1, expert_P), _grouped_linear(hidden_PD, v1, expert_P)
+        return _grouped_linear(glu.activation_fn(gate) * up, w2, expert_P, is_transposed=True)
+
+    def forward(hidden_BTD: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
+        hidden_ND = hidden_BTD.reshape(-1, experts.hidden_size)
+        return _routed(hidden_ND, expert_NK, gate_NK, compute).view(hidden_BTD.shape)
+
+    experts.forward = forward
+
+
+def _adapt_llama4(block: Any) -> None:
+    """Llama-4: the router's score multiplies the expert's input and not its output, whose coefficient is 1.
+
+    transformers runs every expert on every token, with zeros for those that were not chosen.
+    """
+    experts = block.experts
+    experts.has_gate = True
+
+    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+        gate, up = _grouped_linear(hidden_PD, experts.gate_up_proj, expert_P, is_transposed=True).chunk(2, dim=-1)
+        return _grouped_linear(up * experts.act_fn(gate), experts.down_proj, expert_P, is_transposed=True)
+
+    def forward(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_ND = hidden_BTD.reshape(-1, block.hidden_dim)
+        score_NE, logits_NE = block.router(hidden_ND)
+        # Scores of experts that were not chosen are sigmoid(-inf) = 0.
+        expert_NK = logits_NE.topk(block.top_k, dim=1).indices
+        routed_ND = _routed(hidden_ND, expert_NK, score_NE.gather(1, expert_NK), compute, scale_inputs=True)
+        return block.shared_expert(hidden_ND) + routed_ND, logits_NE
+
+    block.forward = forward
+
+
+_ADAPTERS: Mapping[str, Callable[[Any], None]] = {
+    "Step3p7Experts": _adapt_plain,
+    "LongcatFlashExperts": _adapt_longcat,
+    "DbrxExperts": _adapt_dbrx,
+    "Llama4TextMoe": _adapt_llama4,
+}
