@@ -2,6 +2,7 @@
 # make test         from nothing: install, lint, type-check, run every test but those that serve
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
 # make bench        peak memory of observing 4 and 16 layers; fails if it grows with the depth
+# make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check bench clean
+.PHONY: demo test lint serve-check quantize-check bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,8 +33,14 @@ serve-check: $(INSTALLED)
 	PYTHON=$(PYTHON) tests/serve/setup.sh .venv-vllm
 	REAPKIT_REQUIRE_SERVE=1 $(BIN)/python -m pytest -m serve tests/serve
 
+quantize-check: $(INSTALLED)
+	test -x .venv-quantize/bin/python || $(PYTHON) -m venv .venv-quantize
+	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1
+	REAPKIT_REQUIRE_QUANTIZE=1 $(BIN)/python -m pytest -m quantize tests/test_requantize.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-quantize out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

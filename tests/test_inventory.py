@@ -7,18 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+import quantized
 import tiny
 from conftest import PlanFor
-from reapkit import formats, inventory, shards
+from reapkit import inventory, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.errors import CheckpointError, ReapkitError, UnsupportedError, UsageError
 from reapkit.inventory import Inventory, Part, inspect
@@ -181,9 +180,9 @@ def test_the_model_is_described_as_its_configuration_says(m2: Path, qwen3: Path)
     assert json.loads(json.dumps(found.to_json()))["shrunk"][0]["num_experts"] == 6
 
 
-def test_the_format_has_the_name_that_formats_gives_it(m2: Path, m2_fp8: Path) -> None:
-    for folder in (m2, m2_fp8):
-        assert inspect(folder).format == formats.read_format(tiny.read_json(folder / "config.json")).name
+def test_the_format_has_its_name_for_people(m2: Path, m2_fp8: Path) -> None:
+    assert inspect(m2).format == "unquantised"
+    assert inspect(m2_fp8).format == "FP8 with block scales"
 
 
 def test_inspecting_shards_imports_no_torch(m2_fp8: Path) -> None:
@@ -246,74 +245,50 @@ def test_mtp_layers_are_a_part_of_their_own_and_not_active(qwen3: Path, tmp_path
 # --- other formats
 
 
-def requantize(
-    source: Path, folder: Path, pack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], **quantization: Any
-) -> Path:
-    """A copy of a checkpoint with every expert's weight replaced by other tensors."""
-    without_shards(source, folder, index=False)
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in tiny.load_tensors(source).items():
-        stored |= pack(name, tensor) if ".experts." in name else {name: tensor}
-    save_file(stored, folder / "model.safetensors")
-    return edit_config(folder, quantization_config=quantization)
+@pytest.mark.parametrize("scheme", quantized.SCHEMES)
+def test_quantised_weights_count_as_the_values_that_they_hold(scheme: str, m2: Path, tmp_path: Path) -> None:
+    folder = quantized.make(m2, tmp_path / "quantised", scheme)
+    found, plain = inspect(folder), inspect(m2)
+    assert (found.parameters, found.active_parameters) == (plain.parameters, plain.active_parameters)
+    assert [(part.name, part.parameters) for part in found.parts] == [
+        (part.name, part.parameters) for part in plain.parts
+    ]
+    assert found.nbytes == sum(tensor.nbytes for tensor in tiny.load_tensors(folder).values())
+    assert found.format == quantized.SCHEMES[scheme][2]
+    assert found.notes == ()
 
 
-def pack_gptq(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows, columns = weight.shape
-    stem = name.removesuffix("weight")
-    return {
-        stem + "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
-        stem + "qzeros": torch.zeros(1, rows // 8, dtype=torch.int32),
-        stem + "scales": torch.zeros(1, rows, dtype=torch.float16),
-        stem + "g_idx": torch.zeros(columns, dtype=torch.int32),
-    }
+def test_what_can_only_be_pruned_is_said_with_what_can_be_observed(m2: Path, tmp_path: Path) -> None:
+    folder = quantized.make(m2, tmp_path / "marlin", "gptq")
+    entries = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}
+    found = inspect(edit_config(folder, quantization_config=entries))
+    assert (found.parameters, found.format) == (inspect(m2).parameters, "GPTQ")
+    assert found.notes[0].startswith(
+        "the weights can be pruned but not observed: the checkpoint's GPTQ weights have 4 bits"
+    )
+    assert "observe a sibling checkpoint of the same model in bf16" in found.notes[0]
+    assert found.notes[1:] == ("packed weights are counted as values of 4 bits each, padding included",)
 
 
-def pack_nvfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows, columns = weight.shape
-    return {
-        name: torch.zeros(rows, columns // 2, dtype=torch.uint8),
-        name + "_scale": torch.zeros(rows, columns // 16).to(torch.float8_e4m3fn),
-        name + "_scale_2": torch.zeros(()),
-        name.removesuffix("weight") + "input_scale": torch.zeros(()),
-    }
-
-
-def pack_int4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    rows, columns = weight.shape
-    return {
-        name + "_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
-        name + "_scale": torch.zeros(rows, 1, dtype=torch.bfloat16),
-        name + "_shape": torch.tensor([rows, columns]),
-    }
-
-
-PACKED: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
-    "gptq": (pack_gptq, {"bits": 4}),
-    "modelopt": (pack_nvfp4, {"quant_algo": "NVFP4"}),
-    "compressed-tensors": (pack_int4, {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}),
-}
-
-
-@pytest.mark.parametrize("method", PACKED)
-def test_packed_weights_count_as_the_values_that_they_hold(method: str, m2: Path, tmp_path: Path) -> None:
-    pack, entries = PACKED[method]
-    found = inspect(requantize(m2, tmp_path / "packed", pack, quant_method=method, **entries))
-    assert (found.parameters, found.active_parameters) == (inspect(m2).parameters, inspect(m2).active_parameters)
-    assert found.format == method
-    assert "can be pruned but not computed with" in found.notes[0]
-    assumed = ", which config.json does not say" if method == "modelopt" else ""
-    assert found.notes[1] == f"packed weights are counted as values of 4 bits each{assumed}, padding included"
+def test_packed_weights_of_unknown_width_are_counted_as_four_bits_and_that_is_said(m2: Path, tmp_path: Path) -> None:
+    folder = quantized.make(m2, tmp_path / "unknown", "nvfp4-modelopt")
+    found = inspect(edit_config(folder, quantization_config={"quant_method": "unheard-of"}))
+    assert found.format == "unheard-of"
+    # The scales' names are those of other schemes.
+    assert found.parameters == inspect(m2).parameters
+    assert found.notes[1] == (
+        "packed weights are counted as values of 4 bits each, which config.json does not say, padding included"
+    )
 
 
 def test_packed_weights_without_their_shards_are_refused(m2: Path, tmp_path: Path) -> None:
     folder = edit_config(without_shards(m2, tmp_path / "gptq"), quantization_config={"quant_method": "gptq", "bits": 4})
-    error = refuse(folder, "the shapes of gptq weights do not follow from config.json", UnsupportedError)
+    error = refuse(folder, "the shapes of INT4 (GPTQ) weights do not follow from config.json", UnsupportedError)
     assert error.hint == "fetch the shards: only their headers are read"
 
 
 def test_tensors_that_no_quantisation_explains_are_said(m2: Path, tmp_path: Path) -> None:
-    folder = requantize(m2, tmp_path / "odd", pack_nvfp4, quant_method="modelopt")
+    folder = quantized.make(m2, tmp_path / "odd", "nvfp4-modelopt")
     found = inspect(edit_config(folder, quantization_config=None))
     assert found.notes == (
         "config.json names no quantisation, and some tensors are F8_E4M3, U8: they are counted as if unpacked",
@@ -400,6 +375,14 @@ def test_a_total_size_that_shapes_cannot_give_is_said_and_believed(m2: Path, tmp
     )
     assert found.nbytes == 2 * true
     assert [row.nbytes for row in found.shrunk] == [2 * row.nbytes for row in whole.shrunk]
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-block-bf16", "fp8-block-e8m0", "mxfp8"])
+def test_scales_of_every_width_are_counted_without_shards(scheme: str, m2: Path, tmp_path: Path) -> None:
+    folder = quantized.make(m2, tmp_path / "quantised", scheme)
+    found = inspect(without_shards(folder, tmp_path / "described"))
+    assert counts(found) == counts(inspect(folder))
+    assert found.estimated and found.notes == ()
 
 
 @pytest.mark.parametrize("metadata", [{}, {"total_size": "much"}, {"total_size": float("nan")}, None])

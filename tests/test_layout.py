@@ -156,7 +156,7 @@ def test_rows_of_experts_one_after_the_other_are_cut_by_whole_experts(tmp_path: 
     layout = resolve(headers(tmp_path, shapes, **DBRX), ARCHITECTURES)
     _, stacked = layout.stacked_of[ffn + "experts.mlp.w1"]
     assert (stacked.num_entries, stacked.entries((1, 3)), stacked.cut((24, 5), 2)) == (4, (1, 3), (12, 5))
-    with pytest.raises(CheckpointError, match="dimension 0 should be the 4 rows of experts of config.json"):
+    with pytest.raises(CheckpointError, match=r"dimension 0 should be the 4 rows of experts of config\.json"):
         resolve(headers(tmp_path, {**shapes, ffn + "experts.mlp.w1": (26, 5)}, **DBRX), ARCHITECTURES)
 
 

@@ -65,26 +65,32 @@ def decode(
         return stored if stored.data_ptr() % ALIGNMENT == 0 else stored.clone()
 
     def read(companion: TensorInfo | None) -> Tensor | None:
-        return None if companion is None else read_tensor(checkpoint, companion).to(device)
+        return None if companion is None else read_tensor(checkpoint, companion)
 
     _require_stated(read(recipe.stated), recipe)
-    count, *matrix = recipe.shape if len(recipe.shape) == 3 else (1, *recipe.shape)
-    packed = stored.flatten(2) if len(info.shape) == 4 else stored  # gpt-oss: [experts, rows, groups, bytes]
-    packed = packed.view(count, *packed.shape[-2:])
-    scale = as_factors(read_tensor(checkpoint, recipe.scale).to(device)).view(recipe.grid)
-    factor, zeros, order = read(recipe.factor), read(recipe.zeros), read(recipe.order)
+    scale, factor, zeros = as_factors(read_tensor(checkpoint, recipe.scale)), read(recipe.factor), read(recipe.zeros)
+    scale = scale.view(recipe.grid)
     if factor is not None:
         factor = factor.to(torch.float32).view(-1, 1, 1)
         scale = scale / factor if recipe.divides else scale * factor
+    scale = scale.to(device)
     if zeros is not None:
-        zeros = zeros.view(-1, *zeros.shape[-2:])
-    if order is not None:
-        order = _require_groups(order, recipe)
-    values = torch.empty(recipe.shape, dtype=dtype, device=device)
-    for number, out in enumerate(values.view(count, *matrix)):
+        zeros = zeros.view(-1, *zeros.shape[-2:]).to(device)
+    group = _groups_of_columns(read(recipe.order), recipe).to(device)
+    count = recipe.shape[0] if len(recipe.shape) == 3 else 1
+    packed = stored.flatten(2) if len(info.shape) == 4 else stored  # gpt-oss: [experts, rows, groups, bytes]
+    packed = packed.view(count, *packed.shape[-2:])
+
+    def matrix(number: int) -> Tensor:
         # One scale, or one factor, may serve all experts.
         own = scale[number if len(scale) > 1 else 0]
-        out.copy_(_dequantize(recipe, packed[number], own, None if zeros is None else zeros[number], order, dtype))
+        return _dequantize(recipe, packed[number], own, None if zeros is None else zeros[number], group, dtype)
+
+    if len(recipe.shape) == 2:
+        return matrix(0).contiguous()
+    values = torch.empty(recipe.shape, dtype=dtype, device=device)
+    for number in range(count):
+        values[number] = matrix(number)
     return values
 
 
@@ -96,19 +102,20 @@ def _require_stated(stated: Tensor | None, recipe: Recipe) -> None:
         )
 
 
-def _require_groups(order: Tensor, recipe: Recipe) -> Tensor | None:
-    """The group of every column, checked; None where they are in order, which compressed-tensors marks with -1."""
-    assert recipe.order is not None
+def _groups_of_columns(order: Tensor | None, recipe: Recipe) -> Tensor:
+    """The group of every column, int64 [N]: one after the other unless they are stored; compressed-tensors marks that with -1, too."""
+    in_order = torch.arange(recipe.shape[-1]) // max(recipe.block[1], 1)
+    if order is None or (recipe.scheme == "int" and bool((order == -1).any())):
+        return in_order
     groups = recipe.grid[-1] if recipe.scheme == "int" else recipe.grid[-2]
-    if recipe.scheme == "int" and bool((order == -1).any()):
-        return None
     if bool(((order < 0) | (order >= groups)).any()):
+        assert recipe.order is not None
         raise CheckpointError(f"{recipe.order.name!r} names groups beyond the {groups} that have scales")
     return order.long()
 
 
 def _dequantize(
-    recipe: Recipe, packed: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, dtype: torch.dtype
+    recipe: Recipe, packed: Tensor, scale: Tensor, zeros: Tensor | None, group: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """One matrix by its scheme."""
     if recipe.scheme == "scaled":
@@ -116,15 +123,12 @@ def _dequantize(
     if recipe.scheme == "fp4":
         values = dequantize_fp4(packed, scale, dtype=dtype)
         return values.T if recipe.transposed else values
-    columns = recipe.shape[-1]
-    if order is None:
-        order = torch.arange(columns, device=packed.device) // recipe.block[1]
     if recipe.scheme == "int":
-        return dequantize_int(packed, scale, zeros, order, bits=recipe.bits, dtype=dtype)
+        return dequantize_int(packed, scale, zeros, group, bits=recipe.bits, dtype=dtype)
     assert zeros is not None
     if recipe.scheme == "awq":
-        return dequantize_awq(packed, scale, zeros, order, dtype=dtype)
-    return dequantize_gptq(packed, scale, zeros, order, bits=recipe.bits, offset=recipe.zero_offset, dtype=dtype)
+        return dequantize_awq(packed, scale, zeros, group, dtype=dtype)
+    return dequantize_gptq(packed, scale, zeros, group, bits=recipe.bits, offset=recipe.zero_offset, dtype=dtype)
 
 
 def as_factors(scale: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def as_factors(scale: Tensor) -> Tensor:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Unsigned values of 2, 4 or 8 bits, uint8 [M, N], from bytes or int32 words [M, W] that hold them lowest bits first."""
-    packed = words.contiguous().view(torch.uint8)
+    packed = words.reshape(-1).view(torch.uint8).view(len(words), words.shape[1] * words.element_size())
     parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).flatten(-2)
 
@@ -155,9 +159,10 @@ def dequantize_fp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tens
     NVFP4 has groups of 16, and a scale that is already multiplied with, or divided by, the tensor's own factor (ModelOpt's
     `NVFP4QTensor.dequantize`, compressed-tensors' `NVFP4PackedCompressor`). MXFP4 has groups of 32 and powers of two.
     """
-    values = torch.tensor(E2M1, device=packed.device)[unpack(packed, 4).long()]
-    expanded = scale.repeat_interleave(values.shape[1] // max(scale.shape[1], 1), 1)
-    return (values * expanded).to(dtype)
+    rows, groups = scale.shape
+    pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], device=packed.device)
+    values = pairs.index_select(0, packed.flatten().int()).view(rows, groups, 2 * packed.shape[1] // max(groups, 1))
+    return (values * scale.unsqueeze(-1)).flatten(1).to(dtype)
 
 
 def dequantize_int(
@@ -178,11 +183,13 @@ def dequantize_awq(packed: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, 
 
     As AutoAWQ's `dequantize_gemm`.
     """
+    places = torch.tensor(AWQ_PLACES, device=packed.device)
 
     def in_order(words: Tensor) -> Tensor:
-        return unpack(words, 4).view(len(words), -1, 8)[..., list(AWQ_PLACES)].flatten(1)
+        return unpack(words, 4).view(-1, 8).index_select(1, places).view(len(words), -1)
 
-    return _affine(in_order(packed).T, scale.T, in_order(zeros).T, group, dtype)
+    # Transposed at the end, when values are smallest.
+    return _affine(in_order(packed), scale, in_order(zeros), group, dtype, axis=0).T
 
 
 def dequantize_gptq(
@@ -197,6 +204,7 @@ def dequantize_gptq(
     return _affine(codes, scale.T, middle.T, group, dtype)
 
 
-def _affine(codes: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
-    """(codes [M, N] - zeros) * scale, where zeros and scale [M, G] are those of the column's group [N]."""
-    return ((codes.to(torch.float32) - zeros.to(torch.float32)[:, group]) * scale[:, group]).to(dtype)
+def _affine(codes: Tensor, scale: Tensor, zeros: Tensor, group: Tensor, dtype: torch.dtype, axis: int = 1) -> Tensor:
+    """(codes [M, N] - zeros) * scale, where zeros and scale [M, G] are those of the column's group [N]; of the row's with axis 0."""
+    shift, factor = (each.to(torch.float32).index_select(axis, group) for each in (zeros, scale))
+    return ((codes.to(torch.float32) - shift) * factor).to(dtype)

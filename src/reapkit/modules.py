@@ -29,13 +29,8 @@ from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
 from reapkit.formats import decode
 from reapkit.layout import Architecture, MoELayout
-from reapkit.quantization import Format, read_format
+from reapkit.quantization import HINT, Format, read_format
 from reapkit.tensors import TensorInfo
-
-SIBLING_HINT = (
-    "observe a sibling of the same model in bf16 or another supported format: a plan made from it prunes this one, since the "
-    "routers are the same"
-)
 
 
 class StreamedModel:
@@ -69,7 +64,7 @@ class StreamedModel:
         self.dtype = dtype
         self.format: Format = read_format(checkpoint)
         if self.format.obstacle is not None:
-            raise UnsupportedError(self.format.obstacle, hint=SIBLING_HINT)
+            raise UnsupportedError(self.format.obstacle, hint=HINT)
         self.module = build_meta_model(
             checkpoint.path,
             layout.architecture,

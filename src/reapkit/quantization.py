@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from reapkit.checkpoint import CONFIG_NAME, Checkpoint, is_inside, quantization_of, text_section
@@ -76,7 +76,7 @@ class Rule:
 
     @property
     def is_general(self) -> bool:
-        """Whether it can hold for a module that no rule names: a class is a word, a module's name has dots."""
+        """Whether it can hold for a module that no rule names: classes begin with a capital, modules with a small letter."""
         return not self.targets or any(target.isidentifier() and target[0].isupper() for target in self.targets)
 
 
@@ -140,7 +140,7 @@ class Format:
     obstacle: str | None = None
     quantized: bool = False
     method: str = ""
-    rules: tuple[Rule, ...] = field(default=())
+    rules: tuple[Rule, ...] = ()
     zero_offset: int = 0
 
     @property
@@ -249,9 +249,9 @@ class _Lookup:
             hint=HINT,
         )
 
-    def require_dtype(self, info: TensorInfo, allowed: frozenset[str] | set[str]) -> None:
+    def require_dtype(self, info: TensorInfo, allowed: frozenset[str] | set[str], what: str = "scale") -> None:
         if info.dtype not in allowed:
-            raise self.unexplained(info, "the scale ")
+            raise self.unexplained(info, f"the {what} ")
 
     def require_shape(self, info: TensorInfo, shape: tuple[int, ...], of: str = "") -> None:
         if info.shape != shape:
@@ -283,10 +283,18 @@ class _Lookup:
             )
         return size
 
+    def order(self, name: str, columns: int) -> TensorInfo | None:
+        """The group of every column, where they are stored."""
+        found = self.tensors.get(name)
+        if found is not None:
+            self.require_dtype(found, {"I32", "I64"}, "group number")
+            self.require_shape(found, (columns,))
+        return found
+
     def factor(self, name: str) -> TensorInfo:
         """One scale for the whole tensor, or one for each expert."""
         found = self.need(name)
-        self.require_dtype(found, {"F32", "BF16", "F16"})
+        self.require_dtype(found, PLAIN_DTYPES)
         if found.num_elements != 1 and not (len(self.info.shape) == 3 and found.num_elements == self.info.shape[0]):
             raise CheckpointError(f"{found.name!r} has the shape {list(found.shape)} where one scale is expected")
         return found
@@ -364,7 +372,9 @@ def _fp4(
     size = 16 if factor is not None else 32
     found.require_dtype(scale, {"F8_E4M3"} if factor is not None else EXPONENT_DTYPES)
     *lead, rows, width = found.info.shape
-    found.require_shape(scale, (*lead, rows, math.ceil(width * 2 / size)), f"in groups of {size} ")
+    if width * 2 % size:
+        raise found.unexplained(found.info)
+    found.require_shape(scale, (*lead, rows, width * 2 // size), f"in groups of {size} ")
     grid = (*_stack(lead), *scale.shape[-2:])
     return Recipe("fp4", name, (*lead, rows, width * 2), scale, grid, (1, size), bits=4, factor=factor, divides=divides)
 
@@ -392,10 +402,9 @@ def _compressed_int(found: _Lookup) -> Recipe:
     zeros = None
     if not found.rule.symmetric:
         zeros = found.need(f"{stem}.weight_zero_point")
+        found.require_dtype(zeros, {"I32"}, "zero point")
         found.require_shape(zeros, (*lead, math.ceil(rows * bits / 32), scale.shape[-1]))
-    order = found.tensors.get(f"{stem}.weight_g_idx")
-    if order is not None:
-        found.require_shape(order, (columns,))
+    order = found.order(f"{stem}.weight_g_idx", columns)
     grid = (*_stack(lead), *scale.shape[-2:])
     stated = found.tensors.get(f"{stem}.weight_shape")
     return Recipe(
@@ -406,17 +415,8 @@ def _compressed_int(found: _Lookup) -> Recipe:
 def _awq(found: _Lookup) -> Recipe:
     """AWQ: `X.qweight` I32 [N, M/8], `qzeros` I32 [N/group, M/8], `scales` [N/group, M]; `X.weight` is [M, N]."""
     found.require_rank(2)
-    stem, bits = found.stem, found.bits()
     columns, width = found.info.shape
-    rows = width * 32 // bits
-    scale, zeros = found.need(f"{stem}.scales"), found.need(f"{stem}.qzeros")
-    found.require_dtype(scale, PLAIN_DTYPES)
-    if len(scale.shape) != 2 or scale.shape[1] != rows:
-        found.require_shape(scale, (scale.shape[0] if scale.shape else 1, rows))
-    size = found.groups(columns, scale, 0)
-    found.require_shape(zeros, (scale.shape[0], width))
-    grid = (1, *scale.shape)
-    return Recipe("awq", f"{stem}.weight", (rows, columns), scale, grid, (1, size), bits=bits, zeros=zeros)
+    return _inputs_first(found, "awq", width * 32 // found.bits(), columns)
 
 
 def _gptq(found: _Lookup) -> Recipe:
@@ -425,21 +425,25 @@ def _gptq(found: _Lookup) -> Recipe:
     `X.weight` is [M, N].
     """
     found.require_rank(2)
-    stem, bits = found.stem, found.bits()
     depth, rows = found.info.shape
-    columns = depth * 32 // bits
+    columns = depth * 32 // found.bits()
+    return _inputs_first(found, "gptq", rows, columns, order=found.order(f"{found.stem}.g_idx", columns))
+
+
+def _inputs_first(
+    found: _Lookup, scheme: Scheme, rows: int, columns: int, *, order: TensorInfo | None = None
+) -> Recipe:
+    """What AWQ and GPTQ share: scales and packed zero points that have a row for every group of inputs."""
+    stem, bits = found.stem, found.bits()
     scale, zeros = found.need(f"{stem}.scales"), found.need(f"{stem}.qzeros")
     found.require_dtype(scale, PLAIN_DTYPES)
     if len(scale.shape) != 2 or scale.shape[1] != rows:
         found.require_shape(scale, (scale.shape[0] if scale.shape else 1, rows))
     size = found.groups(columns, scale, 0)
+    found.require_dtype(zeros, {"I32"}, "zero point")
     found.require_shape(zeros, (scale.shape[0], math.ceil(rows * bits / 32)))
-    order = found.tensors.get(f"{stem}.g_idx")
-    if order is not None:
-        found.require_shape(order, (columns,))
-    grid = (1, *scale.shape)
     return Recipe(
-        "gptq", f"{stem}.weight", (rows, columns), scale, grid, (1, size), bits=bits, zeros=zeros, order=order,
+        scheme, f"{stem}.weight", (rows, columns), scale, (1, *scale.shape), (1, size), bits=bits, zeros=zeros, order=order,
         zero_offset=found.format.zero_offset,
     )  # fmt: skip
 
