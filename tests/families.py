@@ -27,14 +27,15 @@ COMMON: Mapping[str, Any] = {
     "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
     "q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 12,
     "index_head_dim": 12, "index_n_heads": 2, "index_topk": 512,
-    "linear_key_head_dim": 12, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
     "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 VISION: Mapping[str, Any] = {
     "depth": 1, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 24, "num_heads": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "patch_size": 4, "image_size": 12, "in_channels": 3, "num_channels": 3, "spatial_merge_size": 2,
     "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 36, "deepstack_visual_indexes": [0],
-    "position_embedding_size": 36, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24, "head_dim": 16, "text_hidden_size": 64, "mm_hidden_size": 32, "vt_hidden_size": 32,
+    "position_embedding_size": 36, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24, "head_dim": 16,
+    "text_hidden_size": 64, "mm_hidden_size": 32, "vt_hidden_size": 32,
 }  # fmt: skip
 SHARD_SIZE = "60KB"
 
@@ -88,6 +89,13 @@ def _renamed_type(model_type: str, **entries: Any) -> Callable[[Path], None]:
     return finish
 
 
+def _with_layers_named_so(folder: Path) -> None:
+    """Kimi-K2.5: transformers, writing, brings its vision tower's word for layers to the language model too."""
+    rewrite(folder, lambda tensors: {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): tensor for name, tensor in tensors.items()
+    })  # fmt: skip
+
+
 def _without_zero_experts(folder: Path) -> None:
     """LongCat's zero experts have no weights; transformers allocates gate and up projections for them."""
     rewrite(folder, lambda tensors: {
@@ -129,12 +137,15 @@ FAMILIES: tuple[Family, ...] = (
         "Kimi-K2", "deepseek_v3", {**MLA_HEADS, "n_group": 1, "topk_group": 1}, finish=_renamed_type("kimi_k2"),
         cannot_load="transformers has no class for kimi_k2; what it holds is a DeepSeek-V3",
     ),
-    Family("Kimi-K2.5", "kimi_k25", {**VL, "text_config": {**MLA_HEADS, "n_group": 1, "topk_group": 1}}, model_class="Kimi_K25ForConditionalGeneration"),
+    Family("Kimi-K2.5", "kimi_k25", {**VL, "text_config": {**MLA_HEADS, "n_group": 1, "topk_group": 1}},
+        model_class="Kimi_K25ForConditionalGeneration", finish=_with_layers_named_so),
     Family("Kimi-Linear", "kimi_linear", {**MLA_HEADS, "linear_attn_config": {
         "head_dim": 12, "num_heads": 2, "short_conv_kernel_size": 4, "full_attn_layers": [2], "kda_layers": [1, 3],
     }}),
     Family("Mixtral", "mixtral", {"intermediate_size": 32}),
-    Family("Llama-4", "llama4", {**VL, "text_config": {"num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 48}}, model_class="Llama4ForConditionalGeneration"),
+    Family("Llama-4", "llama4", {
+        **VL, "text_config": {"num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 48},
+    }, model_class="Llama4ForConditionalGeneration"),
     Family("Llama-4 text", "llama4_text", {"num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 48}),
     Family("ERNIE-4.5", "ernie4_5_moe"),
     Family("gpt-oss", "gpt_oss", {"intermediate_size": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
@@ -155,9 +166,11 @@ FAMILIES: tuple[Family, ...] = (
         "ssm_state_size": 12, "n_groups": 2, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 48,
         "moe_latent_size": None,
     }, mtp="mtp."),
-    Family("Step-3.5", "step3p7", {**VL, "text_config": {"sliding_window": 16}}, model_class="Step3p7ForConditionalGeneration"),
+    Family("Step-3.7", "step3p7", {**VL, "text_config": {
+        "sliding_window": 16, "mlp_layer_types": ["dense", "sparse", "sparse"], "share_expert_dim": 48,
+    }}, model_class="Step3p7ForConditionalGeneration"),
     Family("MiMo-V2-Flash", "mimo_v2_flash", {"n_group": 1, "topk_group": 1}),
-    Family("Ling, Ring", "bailing_hybrid", {**GROUPS, **MLA_HEADS}, num_experts=16, num_groups=4),
+    Family("Ling, Ring", "bailing_hybrid", {**GROUPS, **MLA_HEADS, "head_dim": 12}, num_experts=16, num_groups=4),
     Family("LongCat-Flash", "longcat_flash", {
         "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 3,
         "num_key_value_heads": 4, "head_dim": 4,
@@ -185,12 +198,12 @@ def make(family: Family, folder: Path, *, mtp: bool = False) -> Any:
     """Write a family's checkpoint and return the model in memory: float32, eager experts, weights that all matter to the logits."""
     torch.manual_seed(0)
     config = _config(family)
-    config._experts_implementation = "eager"
-    cls = getattr(transformers, family.model_class) if family.model_class else None
-    with torch.device("cpu"):
-        model = cls(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
-    model = model.float().eval().requires_grad_(False)
-    model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
+    cls = (
+        getattr(transformers, family.model_class)._from_config
+        if family.model_class
+        else transformers.AutoModelForCausalLM.from_config
+    )
+    model = cls(config, experts_implementation="eager").float().eval().requires_grad_(False)
     _randomise(model)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -220,22 +233,16 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 
 def _config(family: Family) -> Any:
     cls = type(transformers.AutoConfig.for_model(family.model_type))
-    changes = dict(family.changes)
-    nested: dict[str, Any] = {}
-    if "vision_config" in changes:
-        text, vision = changes.pop("text_config", {}), changes.pop("vision_config")
-        text_cls, vision_cls = cls.sub_configs["text_config"], cls.sub_configs["vision_config"]
-        if text_cls is transformers.AutoConfig:
-            text_cls = type(cls().text_config)
-        nested = {
-            "text_config": _known(text_cls, COMMON) | text,
-            "vision_config": _known(vision_cls, VISION) | vision,
-        }
-    return (
-        cls(**(_known(cls, COMMON) if not nested else {}), **nested, **changes)
-        if not changes
-        else cls(**({**_known(cls, COMMON), **changes} if not nested else {**nested, **changes}))
-    )
+    if "vision_config" not in family.changes:
+        return cls(**_known(cls, COMMON) | family.changes)
+    text, vision = cls.sub_configs["text_config"], cls.sub_configs["vision_config"]
+    if text is transformers.AutoConfig:
+        text = type(cls().text_config)
+    nested = {
+        "text_config": _known(text, COMMON) | family.changes.get("text_config", {}),
+        "vision_config": _known(vision, VISION) | family.changes["vision_config"],
+    }
+    return cls(**family.changes | nested)
 
 
 def _known(cls: Any, entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def test_a_ratio_that_is_none_is_refused(m2: Path) -> None:
 
 
 def test_router_groups_keep_equally_many(m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grouped = replace(ARCHITECTURES[0], num_groups_key="n_group")
+    grouped = replace(ARCHITECTURES[0], num_groups_keys=("n_group",))
     monkeypatch.setattr(inventory, "ARCHITECTURES", (grouped,))
     folder = edit_config(Path(shutil.copytree(m2, tmp_path / "grouped")), n_group=4)
     found = inspect(folder, ratios=("0.25", "0.5"))

@@ -73,9 +73,9 @@ class Architecture:
         mtp_keys: names of the number of MTP layers with experts, which becomes 0 when they are dropped; empty where no release has any.
         num_experts_keys: names of the expert count; all that are present must agree and are all rewritten.
         top_k_keys: names of the number of experts per token.
-        num_layers_keys: names of the number of decoder layers.
+        num_layers_keys: names of the number of decoder layers, or of a list or pattern with an entry for each.
         experts_section: the table in the language model's section that holds expert counts, None where no table of its own does.
-        num_groups_key: name of the number of router groups, None for routers without groups.
+        num_groups_keys: names of the number of router groups; empty for routers without groups.
         topk_groups_key: name of the number of groups that a token may choose from.
         num_zero_experts_key: name of the number of zero experts.
         unpruned: patterns of tensors under a block that pruning leaves alone (shared experts).
@@ -96,7 +96,7 @@ class Architecture:
     top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
     num_layers_keys: tuple[str, ...] = ("num_hidden_layers",)
     experts_section: str | None = None
-    num_groups_key: str | None = None
+    num_groups_keys: tuple[str, ...] = ()
     topk_groups_key: str | None = None
     num_zero_experts_key: str | None = None
     unpruned: tuple[str, ...] = ()
@@ -363,17 +363,22 @@ class _Counts:
         if top_k > num_experts:
             raise CheckpointError(f"{CONFIG_NAME} routes each token to {top_k} of {num_experts} experts")
 
-        def optional(key: str | None, what: str, default: int) -> int:
-            return config_count(section, [key], what=what) if key and section.get(key) else default
+        def optional(keys: Iterable[str | None], what: str, default: int) -> int:
+            present = [key for key in keys if key and section.get(key)]
+            return config_count(section, present, what=what) if present else default
 
-        num_groups = optional(architecture.num_groups_key, "number of groups", 1)
+        num_groups = optional(architecture.num_groups_keys, "number of groups", 1)
         return cls(
             num_experts=num_experts,
-            num_zero_experts=optional(architecture.num_zero_experts_key, "number of zero experts", 0),
+            num_zero_experts=optional([architecture.num_zero_experts_key], "number of zero experts", 0),
             top_k=top_k,
             num_groups=num_groups,
-            topk_groups=optional(architecture.topk_groups_key, "number of groups per token", num_groups),
-            num_layers=config_count(text, architecture.num_layers_keys, what="number of layers"),
+            topk_groups=optional([architecture.topk_groups_key], "number of groups per token", num_groups),
+            num_layers=config_count(
+                {key: len(value) if isinstance(value, list | str) else value for key, value in text.items()},
+                architecture.num_layers_keys,
+                what="number of layers",
+            ),
         )
 
 

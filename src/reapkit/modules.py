@@ -75,6 +75,8 @@ class StreamedModel:
         _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.layers = _decoder_layers(self.module, layout)
         self._conversions = get_model_conversion_mapping(self.module)
+        head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        self._is_tied = head is not None and head.weight is embeddings.weight
         self._state_names = dict.fromkeys(self.module.state_dict())
         self._by_layer, outer = _split_by_layer(checkpoint, layout, len(self.layers))
         self._entry, self._exit = self._split_outer(outer)
@@ -183,7 +185,7 @@ class StreamedModel:
         entry, exit_ = [], []
         for info in outer:
             owner = self._owner(info.name)
-            if owner is head or (owner is embeddings and self.module.config.get_text_config().tie_word_embeddings):
+            if owner is head or (owner is embeddings and self._is_tied):
                 exit_.append(info)
             if owner is not head:
                 entry.append(info)
