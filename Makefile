@@ -3,6 +3,7 @@
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
 # make bench        peak memory of observing 4 and 16 layers; fails if it grows with the depth
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
+# make docs         run every family's checks and write docs/architectures.md from the results
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check quantize-check bench clean
+.PHONY: demo test lint serve-check quantize-check docs bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +39,11 @@ quantize-check: $(INSTALLED)
 	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1
 	REAPKIT_REQUIRE_QUANTIZE=1 $(BIN)/python -m pytest -m quantize tests/test_requantize.py
+
+docs: $(INSTALLED)
+	mkdir -p out
+	$(BIN)/python -m pytest -n 2 tests/test_families.py --junitxml=out/families.xml
+	$(BIN)/python tests/architectures_page.py out/families.xml
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py

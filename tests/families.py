@@ -17,6 +17,8 @@ import transformers
 from safetensors.torch import save_file
 
 import tiny
+from reapkit.architectures import ARCHITECTURES
+from reapkit.layout import Architecture, find
 
 NUM_LAYERS = 3
 COMMON: Mapping[str, Any] = {
@@ -52,6 +54,7 @@ class Family:
         num_experts, num_groups, num_zero_experts: of every MoE layer.
         expert_rows: rows per expert where experts lie one after the other in one matrix.
         mtp: where MTP layers lie: the prefix of one of their own, or `behind` the last decoder layer; None where no release has any.
+        stored_type: `model_type` in config.json, where transformers has another name for the same.
         finish: brings files to the vendor's form where transformers writes another.
         cannot_load: why transformers itself does not load the vendor's form.
     """
@@ -65,12 +68,18 @@ class Family:
     num_zero_experts: int = 0
     expert_rows: int = 0
     mtp: str | None = None
+    stored_type: str | None = None
     finish: Callable[[Path], None] | None = None
     cannot_load: str | None = None
 
     @property
     def has_mtp(self) -> bool:
         return self.mtp is not None
+
+    @property
+    def architecture(self) -> Architecture:
+        """reapkit's entry for it."""
+        return find({"model_type": self.stored_type or self.model_type}, ARCHITECTURES)
 
     def layer_of(self, name: str) -> int | None:
         """The layer of a tensor; MTP blocks of their own are numbered on from the last decoder layer."""
@@ -79,14 +88,6 @@ class Family:
             return None
         num_layers = len(self.changes.get("layer_types") or self.changes.get("layers_block_type") or [0] * NUM_LAYERS)
         return int(match[1]) + (num_layers if name.startswith("mtp.") else 0)
-
-
-def _renamed_type(model_type: str, **entries: Any) -> Callable[[Path], None]:
-    def finish(folder: Path) -> None:
-        config = tiny.read_json(folder / "config.json")
-        tiny.write_json(folder / "config.json", config | {"model_type": model_type} | entries)
-
-    return finish
 
 
 def _with_layers_named_so(folder: Path) -> None:
@@ -134,7 +135,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("DeepSeek-V3", "deepseek_v3", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind"),
     Family("DeepSeek-V3.2", "deepseek_v32", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind"),
     Family(
-        "Kimi-K2", "deepseek_v3", {**MLA_HEADS, "n_group": 1, "topk_group": 1}, finish=_renamed_type("kimi_k2"),
+        "Kimi-K2", "deepseek_v3", {**MLA_HEADS, "n_group": 1, "topk_group": 1}, stored_type="kimi_k2",
         cannot_load="transformers has no class for kimi_k2; what it holds is a DeepSeek-V3",
     ),
     Family("Kimi-K2.5", "kimi_k25", {**VL, "text_config": {**MLA_HEADS, "n_group": 1, "topk_group": 1}},
@@ -170,7 +171,7 @@ FAMILIES: tuple[Family, ...] = (
         "sliding_window": 16, "mlp_layer_types": ["dense", "sparse", "sparse"], "share_expert_dim": 48,
     }}, model_class="Step3p7ForConditionalGeneration"),
     Family("MiMo-V2-Flash", "mimo_v2_flash", {"n_group": 1, "topk_group": 1}),
-    Family("Ling, Ring", "bailing_hybrid", {**GROUPS, **MLA_HEADS, "head_dim": 12}, num_experts=16, num_groups=4),
+    Family("Ling, Ring", "bailing_hybrid", {**GROUPS, **MLA_HEADS, **NEXT_N, "head_dim": 12}, num_experts=16, num_groups=4, mtp="behind"),
     Family("LongCat-Flash", "longcat_flash", {
         "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 3,
         "num_key_value_heads": 4, "head_dim": 4,
@@ -207,6 +208,9 @@ def make(family: Family, folder: Path, *, mtp: bool = False) -> Any:
     _randomise(model)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if family.stored_type is not None:
+        config = tiny.read_json(folder / "config.json") | {"model_type": family.stored_type}
+        tiny.write_json(folder / "config.json", config)
     if family.finish is not None:
         family.finish(folder)
     if mtp:

@@ -12,6 +12,9 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import test_families
+from architectures_page import PAGE, Results, render
+from families import FAMILIES
 from reapkit.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +74,30 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", prose):
             if "://" not in target:
                 assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_page_of_architectures_is_what_make_docs_writes() -> None:
+    """Rows and notes are the code's; the counts in it are of as many checks as there are, and all but those with a reason pass."""
+    text = PAGE.read_text(encoding="utf-8")
+    rows = {
+        match[1]: (int(match[2]), int(match[3]))
+        for match in re.finditer(r"^\| ([^|]+) \|.*\| (\d+) of (\d+) \|$", text, re.M)
+    }
+    by_check = {
+        match[1].replace(" ", "_"): int(match[2]) for match in re.finditer(r"^\| ([a-z0-9 ]+) \| (\d+) \|$", text, re.M)
+    }
+    functions = [name for name in vars(test_families) if name.startswith("test_")]
+    assert by_check.keys() == {name.removeprefix("test_") for name in functions}
+    of_mtp = [name for name in functions if "mtp" in name]
+    by_family = {}
+    for family in FAMILIES:
+        total = len(functions) - len(of_mtp) * (not family.has_mtp)
+        skipped = [family.cannot_load] if family.cannot_load else []
+        by_family[family.name] = Results(total - len(skipped), total, skipped)
+    assert text == render(by_family, {f"test_{name}": count for name, count in by_check.items()}), "run make docs"
+    assert len(rows) == len({family.architecture.name for family in FAMILIES})
+    for name in functions:
+        wanted = [family for family in FAMILIES if family.has_mtp or name not in of_mtp]
+        assert by_check[name.removeprefix("test_")] == len(wanted) - ("missing_or_unexpected" in name) * sum(
+            family.cannot_load is not None for family in FAMILIES
+        )

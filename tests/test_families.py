@@ -228,6 +228,16 @@ def test_streamed_logits_equal_the_full_models(built: Built) -> None:
     require_close(streamed_logits(streamed_model(built.folder), inputs), logits(built.model, inputs))
 
 
+def test_computing_in_bfloat16_with_routers_as_stored_mostly_agrees(built: Built) -> None:
+    inputs = token_batches()
+    streamed = streamed_logits(streamed_model(built.folder, dtype=torch.bfloat16), inputs)
+    same = [
+        one.argmax(-1) == other.argmax(-1) for one, other in zip(streamed, logits(built.model, inputs), strict=True)
+    ]
+    # Rounding moves some tokens of so small a model to other experts.
+    assert torch.cat([part.reshape(-1) for part in same]).float().mean() > 0.75
+
+
 def test_observed_sums_equal_those_of_plain_hooks(built: Built, tmp_path: Path) -> None:
     rows = text_rows(12)
     text = write_jsonl(tmp_path / "text.jsonl", rows)

@@ -387,5 +387,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _DEEPSEEK_V3,
         name="Solar-Open",
         model_types=("solar_open",),
+        mtp_keys=(),
     ),
 )
