@@ -101,3 +101,14 @@ def test_the_page_of_architectures_is_what_make_docs_writes() -> None:
         assert by_check[name.removeprefix("test_")] == len(wanted) - ("missing_or_unexpected" in name) * sum(
             family.cannot_load is not None for family in FAMILIES
         )
+
+
+def test_the_diffs_in_the_guide_to_adding_an_architecture_are_what_the_code_says() -> None:
+    text = (ROOT / "docs/adding-an-architecture.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```diff\n--- a/(\S+)\n\+\+\+ b/\1\n@@\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for file, lines in blocks:
+        added = "".join(f"{line.removeprefix('+')}\n" for line in lines.splitlines())
+        assert added in (ROOT / file).read_text(encoding="utf-8"), file
+    for line in re.findall(r"^(_\w+ = Slot\(.*?\))  #", text, re.MULTILINE):
+        assert line in (ROOT / "src/reapkit/architectures.py").read_text(encoding="utf-8")
