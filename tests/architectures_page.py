@@ -27,8 +27,8 @@ been run here: their layouts come from the loaders of transformers and vLLM and 
 
 `observe` and `prune` say what works. A release that transformers has no class for is pruned by a plan made elsewhere. Merging is not
 there yet. [Every on-disk format](formats.md) can be pruned, and those that reapkit can compute with observed, whatever the family.
-MTP layers that have experts are pruned with the kept set of the last decoder layer, of one that `--mtp` names, or dropped; calibration
-text does not run through them, so they are not measured.
+MTP layers that have experts are measured where transformers can run them, and otherwise pruned with the kept set of the last decoder
+layer or of one that `--mtp` names; `--mtp drop` removes them.
 
 | family | `model_type` | routing | observe | prune | MTP experts | checks passed |
 |---|---|---|---|---|---|---|

@@ -54,6 +54,7 @@ class Family:
         num_experts, num_groups, num_zero_experts: of every MoE layer.
         expert_rows: rows per expert where experts lie one after the other in one matrix.
         mtp: where MTP layers lie: the prefix of one of their own, or `behind` the last decoder layer; None where no release has any.
+        runs_mtp: whether transformers can run them.
         stored_type: `model_type` in config.json, where transformers has another name for the same.
         finish: brings files to the vendor's form where transformers writes another.
         cannot_load: why transformers itself does not load the vendor's form.
@@ -68,6 +69,7 @@ class Family:
     num_zero_experts: int = 0
     expert_rows: int = 0
     mtp: str | None = None
+    runs_mtp: bool = False
     stored_type: str | None = None
     finish: Callable[[Path], None] | None = None
     cannot_load: str | None = None
@@ -122,7 +124,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3-VL-MoE", "qwen3_vl_moe", VL, model_class="Qwen3VLMoeForConditionalGeneration"),
     Family("Qwen3.5-MoE", "qwen3_5_moe", VL, model_class="Qwen3_5MoeForConditionalGeneration", mtp="mtp."),
     Family("Qwen3.5-MoE text", "qwen3_5_moe_text", mtp="mtp."),
-    Family("GLM-4.5", "glm4_moe", {"n_group": 1, "topk_group": 1, **NEXT_N}, mtp="behind"),
+    Family("GLM-4.5", "glm4_moe", {"n_group": 1, "topk_group": 1, **NEXT_N}, mtp="behind", runs_mtp=True),
     Family("GLM-4.7-Flash", "glm4_moe_lite", {"n_group": 1, "topk_group": 1, **MLA_HEADS, **NEXT_N}, mtp="behind"),
     Family("GLM-4.5V", "glm4v_moe", {**VL, "text_config": {"rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
@@ -132,7 +134,7 @@ FAMILIES: tuple[Family, ...] = (
         "DeepSeek-V2", "deepseek_v2", {**GROUPS, **MLA_HEADS, "topk_method": "group_limited_greedy"},
         num_experts=16, num_groups=4,
     ),
-    Family("DeepSeek-V3", "deepseek_v3", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind"),
+    Family("DeepSeek-V3", "deepseek_v3", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind", runs_mtp=True),
     Family("DeepSeek-V3.2", "deepseek_v32", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind"),
     Family(
         "Kimi-K2", "deepseek_v3", {**MLA_HEADS, "n_group": 1, "topk_group": 1}, stored_type="kimi_k2",
@@ -280,11 +282,12 @@ def _add_mtp(family: Family, folder: Path) -> None:
                 end = name[name.index(f"layers.{last}.") + len(f"layers.{last}.") :]
                 place = f"mtp.layers.0.{end}" if own else f"model.layers.{count}.{end}"
                 for part, value in _per_expert(place, tensor) if own else [(place, tensor)]:
-                    added[part] = torch.randn_like(value)
+                    added[part] = torch.randn_like(value) * value.std()
         prefix = "mtp." if own else f"model.layers.{count}."
         joins = ("pre_fc_norm_embedding", "pre_fc_norm_hidden") if own else ("enorm", "hnorm")
         added |= {f"{prefix}{join}.weight": torch.randn(64) for join in joins}
-        added[f"{prefix}{'fc' if own else 'eh_proj'}.weight"] = torch.randn(64, 128)
+        added[f"{prefix}{'fc' if own else 'eh_proj'}.weight"] = torch.randn(64, 128) / 8
+        added[f"{prefix}{'norm' if own else 'shared_head.norm'}.weight"] = torch.ones(64)
         return before | added
 
     rewrite(folder, change)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from families import FAMILIES, Family, make
+from families import FAMILIES, NUM_LAYERS, Family, make
 from reapkit import layout as layouts
 from reapkit import plans, prune, verify
 from reapkit.architectures import ARCHITECTURES
@@ -169,14 +169,14 @@ def masked_routers(built: Built, plan: PruningPlan) -> Iterator[None]:
             value.data = before
 
 
-def hooked_sums(built: Built, texts: list[list[int]]) -> dict[int, LayerStatistics]:
-    """Count, gate, norm and their products per expert, from hooks on the eager model: one document at a time, one choice at a time."""
-    sums: dict[int, LayerStatistics] = {}
+def hooked_sums(modules: dict[int, Any], num_experts: int, run: Callable[[], object]) -> dict[int, LayerStatistics]:
+    """Count, gate, norm and their products per expert, from hooks on eager experts: one choice at a time."""
+    sums = {layer: LayerStatistics.zeros(1, num_experts) for layer in modules}
 
     def note(layer: int, choice: Tensor, gate: Tensor, norm: Tensor) -> None:
         into = sums[layer]
         for expert, g, n in zip(choice.tolist(), gate.tolist(), norm.tolist(), strict=True):
-            if expert < built.num_experts:
+            if expert < num_experts:
                 into.count_SE[0, expert] += 1
                 into.gate_SE[0, expert] += g
                 into.norm_SE[0, expert] += n
@@ -191,7 +191,7 @@ def hooked_sums(built: Built, texts: list[list[int]]) -> dict[int, LayerStatisti
             scores, _ = module.router(hidden)
             gate, choice = scores.max(-1)
             out = torch.stack([
-                module.experts(torch.stack([gate[i] * hidden[i]] * built.num_experts))[choice[i]] for i in range(len(hidden))
+                module.experts(torch.stack([gate[i] * hidden[i]] * num_experts))[choice[i]] for i in range(len(hidden))
             ])  # fmt: skip
             note(layer, choice, torch.ones_like(gate), out.norm(dim=-1))
             return
@@ -202,16 +202,42 @@ def hooked_sums(built: Built, texts: list[list[int]]) -> dict[int, LayerStatisti
             out = type(module).forward(module, hidden, choice, torch.tensor([1.0, 0.0]).expand(len(choice), 2))
             note(layer, choices[:, k], gates[:, k], out.reshape(-1, out.shape[-1]).norm(dim=-1))
 
-    hooks = []
-    for layer, module in experts_modules(built.model).items():
-        sums[layer] = LayerStatistics.zeros(1, built.num_experts)
-        hooks.append(module.register_forward_hook(partial(hook, layer), with_kwargs=True))
+    hooks = [module.register_forward_hook(partial(hook, layer), with_kwargs=True) for layer, module in modules.items()]
     try:
-        logits(built.model, [np.array([ids]) for ids in texts])
+        run()
     finally:
         for handle in hooks:
             handle.remove()
     return sums
+
+
+def require_same_sums(ours: LayerStatistics, theirs: LayerStatistics) -> None:
+    np.testing.assert_array_equal(ours.count_SE.sum(0), theirs.count_SE[0])
+    assert theirs.count_SE.sum() > 0
+    for name in ("gate_SE", "norm_SE", "norm_sq_SE", "gated_norm_SE", "gated_norm_sq_SE"):
+        np.testing.assert_allclose(getattr(ours, name).sum(0), getattr(theirs, name)[0], rtol=5e-5, err_msg=name)
+    np.testing.assert_allclose(ours.max_norm_E, theirs.max_norm_E, rtol=5e-5)
+
+
+def mtp_in_memory(built: Built) -> Any:
+    """transformers' own MTP module over the model in memory, its weights put there name by name."""
+    from transformers.modeling_layers import MtpModel
+
+    module = MtpModel(built.model, 1).float().eval().requires_grad_(False)
+    prefix = f"model.layers.{NUM_LAYERS}."
+    stored = {name.removeprefix(prefix): value for name, value in tensors_of(built.folder).items() if prefix in name}
+    state = {}
+    for name in module.layers[0].state_dict():
+        own = name.removeprefix("mtp_block.")
+        if "experts." in own and "shared" not in own:
+            parts = ("gate_proj", "up_proj") if "gate_up" in own else ("down_proj",)
+            state[name] = torch.stack([
+                torch.cat([stored[f"mlp.experts.{e}.{part}.weight"] for part in parts]) for e in range(built.num_experts)
+            ])  # fmt: skip
+        else:
+            state[name] = stored["shared_head.norm.weight" if own == "post_norm.weight" else own]
+    module.layers[0].load_state_dict(state)
+    return module
 
 
 # ---- the promises
@@ -243,15 +269,11 @@ def test_observed_sums_equal_those_of_plain_hooks(built: Built, tmp_path: Path) 
     text = write_jsonl(tmp_path / "text.jsonl", rows)
     ours = observe(built.folder, [text], run=RUN, max_length=64)
     tokenizer = load_tokenizer(Checkpoint.open(built.folder))
-    theirs = hooked_sums(built, [tokenizer(row["text"])["input_ids"] for row in rows])
+    inputs = [np.array([tokenizer(row["text"])["input_ids"]]) for row in rows]
+    theirs = hooked_sums(experts_modules(built.model), built.num_experts, lambda: logits(built.model, inputs))
     assert ours.layers.keys() == theirs.keys()
     for layer, expected in theirs.items():
-        found = ours.layers[layer]
-        np.testing.assert_array_equal(found.count_SE.sum(0), expected.count_SE[0])
-        assert expected.count_SE.sum() > 0
-        for name in ("gate_SE", "norm_SE", "norm_sq_SE", "gated_norm_SE", "gated_norm_sq_SE"):
-            np.testing.assert_allclose(getattr(found, name).sum(0), getattr(expected, name)[0], rtol=5e-5, err_msg=name)
-        np.testing.assert_allclose(found.max_norm_E, expected.max_norm_E, rtol=5e-5)
+        require_same_sums(ours.layers[layer], expected)
 
 
 def test_a_pruned_checkpoint_equals_slicing_in_memory(built: Built, plan: PruningPlan, pruned: Path) -> None:
@@ -344,6 +366,7 @@ def test_groups_of_the_router_keep_equally_many_experts(built: Built, plan: Prun
 
 # ---- multi-token prediction
 
+CANNOT_RUN_MTP = "transformers cannot run these MTP layers, so they are not measured"
 WITH_MTP = [family for family in FAMILIES if family.has_mtp]
 
 
@@ -356,17 +379,18 @@ def with_mtp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Built(family, folder, model)
 
 
-def test_mtp_layers_keep_the_experts_of_the_last_layer_and_are_said_to_be_unmeasured(
+def test_mtp_layers_that_are_not_run_keep_the_experts_of_the_last_layer_and_are_said_to_be_unmeasured(
     with_mtp: Built, tmp_path: Path
 ) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", text_rows(4))
     statistics = observe(with_mtp.folder, [text], run=RUN, max_length=64)
     layout = layouts.resolve(Checkpoint.open(with_mtp.folder), ARCHITECTURES)
-    assert statistics.unobserved == layout.mtp_indices
     assert layout.mtp_indices
+    assert statistics.unobserved == (() if with_mtp.family.runs_mtp else layout.mtp_indices)
     plan = plans.plan(statistics, ratio=0.25)
     last = max(layout.layer_indices)
-    assert plan.unmeasured == dict.fromkeys(layout.mtp_indices, last)
+    assert plan.unmeasured == dict.fromkeys(statistics.unobserved, last)
+    assert plan.kept.keys() == {*layout.layer_indices, *layout.mtp_indices}
     manifest = prune(with_mtp.folder, plan, tmp_path / "out")
     assert manifest.unmeasured == plan.unmeasured
     before, found = tensors_of(with_mtp.folder), tensors_of(tmp_path / "out")
@@ -377,6 +401,29 @@ def test_mtp_layers_keep_the_experts_of_the_last_layer_and_are_said_to_be_unmeas
     if with_mtp.family.cannot_load is None:
         _, info = type(with_mtp.model).from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
+
+
+def test_mtp_layers_that_transformers_can_run_are_measured(with_mtp: Built, tmp_path: Path) -> None:
+    if not with_mtp.family.runs_mtp:
+        pytest.skip(CANNOT_RUN_MTP)
+    rows = text_rows(12)
+    text = write_jsonl(tmp_path / "text.jsonl", rows)
+    ours = observe(with_mtp.folder, [text], run=RUN, max_length=64)
+    tokenizer = load_tokenizer(Checkpoint.open(with_mtp.folder))
+    module = mtp_in_memory(with_mtp)
+
+    def run() -> None:
+        for row in rows:
+            ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
+            if ids.shape[1] > 1:  # each token takes the next one
+                with torch.inference_mode():
+                    hidden = with_mtp.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+                    positions = torch.arange(1, ids.shape[1])[None]
+                    module.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
+
+    theirs = hooked_sums({NUM_LAYERS: module.layers[0].mtp_block.mlp.experts}, with_mtp.num_experts, run)
+    require_same_sums(ours.layers[NUM_LAYERS], theirs[NUM_LAYERS])
+    assert int(ours.layers[NUM_LAYERS].tokens_S.sum()) == ours.num_tokens - len(rows)
 
 
 def test_mtp_layers_that_are_dropped_leave_nothing_behind(with_mtp: Built, tmp_path: Path) -> None:

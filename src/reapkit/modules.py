@@ -74,12 +74,13 @@ class StreamedModel:
         )
         _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.layers = _decoder_layers(self.module, layout)
-        self._conversions = get_model_conversion_mapping(self.module)
+        self._conversions: list[Any] = get_model_conversion_mapping(self.module)
         head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         self._is_tied = head is not None and head.weight is embeddings.weight
         self._state_names = dict.fromkeys(self.module.state_dict())
         self._by_layer, outer = _split_by_layer(checkpoint, layout, len(self.layers))
         self._entry, self._exit = self._split_outer(outer)
+        self.mtp = MtpLayers.build(self)
         self._keep_routers_in_float32()
         self._fill_computed_buffers()
 
@@ -137,9 +138,26 @@ class StreamedModel:
         self.module.tie_weights()
         self._require_loaded("the model", self.module.get_output_embeddings().modules())
 
+    def fetch_mtp(self) -> dict[str, Tensor]:
+        """The MTP layers' tensors and the input embeddings, which they share, by name once dequantised."""
+        assert self.mtp is not None
+        embeddings = self.module.get_input_embeddings()
+        shared = [info for info in self._entry if self._owner(info.name) is embeddings]
+        return self._decode([*self.mtp.infos, *shared])
+
+    def load_mtp(self, tensors: dict[str, Tensor]) -> None:
+        """Put the MTP layers and the input embeddings into the model."""
+        assert self.mtp is not None
+        own = {name: tensor for name, tensor in tensors.items() if self.layout.is_mtp(name)}
+        self._assign({name: tensor for name, tensor in tensors.items() if name not in own})
+        self._assign(own, self.mtp.module, self.mtp.conversions)
+        self._require_loaded("multi-token prediction", self.mtp.module.layers.modules())
+
     def unload_everything(self) -> None:
         """Free all weights."""
         _to_meta(self.module)
+        if self.mtp is not None:
+            _to_meta(self.mtp.module)
 
     def _decode(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
         return {
@@ -150,14 +168,15 @@ class StreamedModel:
             if not self.format.is_companion(info.name)
         }
 
-    def _assign(self, tensors: dict[str, Tensor]) -> None:
-        """Convert on-disk names and layouts to the module's own and assign them."""
+    def _assign(self, tensors: dict[str, Tensor], module: Any = None, conversions: list[Any] | None = None) -> None:
+        """Convert on-disk names and layouts to the module's own, by default the whole model's, and assign them."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.dtype, weight_mapping=self._conversions)
+        mapping = self._conversions if conversions is None else conversions
+        config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.dtype, weight_mapping=mapping)
         with _quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.module, tensors, config)
+            info, _ = convert_and_load_state_dict_in_model(self.module if module is None else module, tensors, config)
         if info.mismatched_keys:
             name, found, expected = min(info.mismatched_keys)
             raise CheckpointError(f"{name!r} has the shape {list(found)} where the model has {list(expected)}")
@@ -167,6 +186,8 @@ class StreamedModel:
 
     def _require_loaded(self, where: str, owners: Iterable[nn.Module]) -> None:
         names = {owner: path for path, owner in self.module.named_modules()}
+        if self.mtp is not None:
+            names |= {owner: path for path, owner in self.mtp.module.layers.named_modules(prefix="mtp.layers")}
         empty = [
             f"{names[owner]}.{leaf}"
             for owner in owners
@@ -199,24 +220,21 @@ class StreamedModel:
         return owner
 
     def _in_memory_name(self, name: str) -> str:
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        prefix, state = self.module.base_model_prefix, self._state_names
-        return str(rename_source_key(name, renamings, converters, prefix, state)[0])
+        return _renamed(name, self.module, self._conversions, self._state_names)
 
     def _keep_routers_in_float32(self) -> None:
         """Give routers and selection biases that are stored as F32 a float32 home, so that loading does not round them."""
         for name in self.layout.router_names:
             if self.checkpoint.tensors[name].dtype != "F32":
                 continue
-            target = self._in_memory_name(name)
-            path, _, leaf = target.rpartition(".")
-            try:
-                owner = self.module.get_submodule(path)
-            except AttributeError:  # an MTP layer, which transformers does not run
+            if not self.layout.is_mtp(name):
+                module, target = self.module, self._in_memory_name(name)
+            elif self.mtp is not None:
+                module, target = self.mtp.module, self.mtp.in_memory_name(name)
+            else:
                 continue
+            path, _, leaf = target.rpartition(".")
+            owner = module.get_submodule(path)
             old = getattr(owner, leaf)
             new = torch.empty(old.shape, dtype=torch.float32, device="meta")
             setattr(owner, leaf, new if leaf in owner._buffers else nn.Parameter(new, requires_grad=False))
@@ -243,6 +261,66 @@ class StreamedModel:
             if isinstance(module, PreTrainedModel):
                 return module
         raise AssertionError("the model itself is a PreTrainedModel")
+
+
+class MtpLayers:
+    """Multi-token prediction as transformers runs it for some families: layers that take the next token and the hidden state before it.
+
+    Attributes:
+        module: transformers' own module for them, on the meta device; embeddings and rotary frequencies are the model's.
+        infos: their tensors on disk.
+        conversions: from names and layouts on disk to the module's own.
+    """
+
+    def __init__(self, module: Any, infos: Sequence[TensorInfo], conversions: list[Any]) -> None:
+        self.module = module
+        self.infos = infos
+        self.conversions = conversions
+        self._state_names = dict.fromkeys(module.state_dict())
+
+    @classmethod
+    def build(cls, model: StreamedModel) -> MtpLayers | None:
+        """The MTP layers of a model; None where it has none with experts, or transformers cannot run them."""
+        from transformers.modeling_layers import MtpModel
+
+        layout = model.layout
+        count = getattr(model.module.config.get_text_config(), "num_mtp_layers", None)
+        if not layout.mtp_indices or layout.mtp_indices != tuple(
+            range(layout.num_layers, layout.num_layers + (count or 0))
+        ):
+            return None
+        try:
+            with torch.device("meta"), _quiet_transformers():
+                module = MtpModel(model.module, count).eval().requires_grad_(False)
+                module.layers.to(model.dtype)  # what it shares with the model keeps its own
+        except (ValueError, AttributeError, TypeError):  # its config does not say what transformers needs
+            return None
+        if any(experts_of(layer) is None for layer in module.layers):
+            return None
+        infos = [info for name, info in model.checkpoint.tensors.items() if layout.is_mtp(name)]
+        return cls(module, infos, module.get_weight_conversions(model.module))
+
+    def in_memory_name(self, name: str) -> str:
+        return _renamed(name, self.module, self.conversions, self._state_names)
+
+    def run(self, index: int, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """One layer's hidden states, [B, T, D], from those before it and the tokens one further than these have seen.
+
+        The last token of a row has no next one; a padding token stands in, and no earlier position sees it.
+        """
+        next_BT = torch.nn.functional.pad(ids_BT[:, index + 1 :], (0, min(index + 1, ids_BT.shape[1])))
+        position_T = torch.arange(index + 1, index + 1 + ids_BT.shape[1], device=ids_BT.device)
+        result: Tensor = self.module.forward_layer(index, hidden_BTD, position_T[None], None, input_ids=next_BT)
+        return result
+
+
+def _renamed(name: str, module: Any, conversions: Sequence[Any], state_names: dict[str, Any]) -> str:
+    """The name in a module of a tensor on disk."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    return str(rename_source_key(name, renamings, converters, module.base_model_prefix, state_names)[0])
 
 
 def _to_float32(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -474,12 +552,16 @@ class SuspendedForwards:
         ]
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
         self._hooks: list[Any] = []
+        self._runs_mtp = observe is not None and model.mtp is not None
 
     def __enter__(self) -> SuspendedForwards:
         for index, layer in enumerate(self._model.layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index)))
         last = len(self._model.layers)
         self._hooks.append(self._model.layers[-1].register_forward_hook(partial(_pause_after, last)))
+        if self._runs_mtp:
+            decoder = self._model.module.get_decoder()
+            self._hooks.append(decoder.register_forward_hook(partial(_run_mtp, self._model), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -509,6 +591,17 @@ class SuspendedForwards:
                 forward.step()
                 after_batch(index, number)
             model.unload(index)
+        if self._runs_mtp:
+            self._run_mtp_layers(after_batch)
+
+    def _run_mtp_layers(self, after_batch: Callable[[int, int], None]) -> None:
+        """The MTP layers, all of them loaded at once: releases have one to three."""
+        model = self._model
+        model.load_mtp(model.fetch_mtp())
+        for index in model.layout.mtp_indices:
+            for number, forward in enumerate(self._forwards):
+                forward.step()
+                after_batch(index, number)
 
     def logits(self) -> Iterator[Tensor]:
         """After `run_layers`: finish each forward and yield its logits, [B, T, V]; one micro-batch's are held at a time."""
@@ -529,6 +622,17 @@ def _pause_before(layer: int, module: nn.Module, args: Any) -> None:
 
 def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
     _pause_before(layer, module, args)
+
+
+def _run_mtp(model: StreamedModel, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """After the decoder's last norm: run the MTP layers, each when it is its turn."""
+    forward = threading.current_thread()
+    assert isinstance(forward, _Forward) and model.mtp is not None
+    hidden_BTD = output.last_hidden_state
+    for depth, index in enumerate(model.layout.mtp_indices):
+        running.layer = index
+        hidden_BTD = model.mtp.run(depth, hidden_BTD, kwargs["input_ids"])
+        forward.pause(index + 1)
 
 
 def _decoder_layers(module: nn.Module, layout: MoELayout) -> Sequence[nn.Module]:

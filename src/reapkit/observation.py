@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
 from reapkit.experts import RoutedObserver, RoutedPairs, experts_of
+from reapkit.layout import MoELayout
 from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
 from reapkit.progress import Progress, silent
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
@@ -195,14 +197,13 @@ class Observation:
             DataError: an activation is NaN or infinite; layer and batch are named.
         """
         num_rows = len(self.data.domains) * NUM_FOLDS
-        layers = {
-            index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in self.layout.layer_indices
-        }
-        total = self.data.num_tokens * len(self.model.layers)
+        observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
+        layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
+        total = self.data.num_tokens * len({*range(len(self.model.layers)), *observed})
         done = 0
         progress("observe", 0, total, "tokens x layers")
         for wave in self.waves:
-            sums = _LayerSums(num_rows, self.layout.num_experts, self.model.device)
+            sums = _LayerSums(num_rows, self.layout, self.model.device)
             observers = [sums.observer(batch) for batch in wave]
 
             def after_batch(
@@ -219,9 +220,12 @@ class Observation:
                 forwards.run_layers(after_batch)
         for index, layer in layers.items():
             layer.require_finite(index)
-            if (seen := int(layer.tokens_S.sum())) != self.data.num_tokens:
+            # An MTP layer takes the next token, which the last ones of a document do not have.
+            ahead = max(0, index - self.layout.num_layers + 1)
+            expected = sum(int((batch.length_B - ahead).clip(0).sum()) for batch in self.batches)
+            if (seen := int(layer.tokens_S.sum())) != expected:
                 raise UnsupportedError(
-                    f"layer {index} sent {seen:,} of {self.data.num_tokens:,} tokens through transformers' experts function, "
+                    f"layer {index} sent {seen:,} of {expected:,} tokens through transformers' experts function, "
                     "so its experts cannot be observed"
                 )
         record = CalibrationRecord(
@@ -238,7 +242,7 @@ class Observation:
             domains=self.data.domains,
             settings=self.settings,
             calibration=(record,),
-            unobserved=self.layout.mtp_indices,
+            unobserved=tuple(index for index in self.layout.mtp_indices if index not in layers),
             layers=layers,
         )
 
@@ -255,8 +259,10 @@ class Observation:
 class _LayerSums:
     """The running layer's sums on the device; one more row than there are takes what padding was routed to."""
 
-    def __init__(self, num_rows: int, num_experts: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, layout: MoELayout, device: torch.device) -> None:
+        num_experts = layout.num_experts
         self._num_rows = num_rows
+        self._num_layers = layout.num_layers
         self._num_experts = num_experts
         self._device = device
         self._sums_QSE = torch.zeros(6, (num_rows + 1) * num_experts, dtype=torch.float64, device=device)
@@ -267,11 +273,18 @@ class _LayerSums:
     def observer(self, batch: CalibrationBatch) -> RoutedObserver:
         """What one micro-batch's forward shows its routed pairs to."""
         row_B = batch.domain_B * NUM_FOLDS + batch.fold_B
-        row_BT = np.where(batch.mask_BT, row_B[:, None], self._num_rows)
-        row_N = torch.from_numpy(row_BT.reshape(-1)).to(self._device)
-        tokens_S = np.bincount(row_B, weights=batch.length_B, minlength=self._num_rows)
+
+        @cache
+        def rows(ahead: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
+            """The row of every token that has so many behind it, and how many such tokens each row has."""
+            length_B = (batch.length_B - ahead).clip(0)
+            place_T = np.arange(batch.mask_BT.shape[1])
+            row_BT = np.where(place_T < length_B[:, None], row_B[:, None], self._num_rows)
+            tokens_S = np.bincount(row_B, weights=length_B, minlength=self._num_rows)
+            return torch.from_numpy(row_BT.reshape(-1)).to(self._device), tokens_S
 
         def observe(pairs: RoutedPairs) -> None:
+            row_N, tokens_S = rows(max(0, pairs.layer - self._num_layers + 1))
             self._add(pairs, row_N)
             self._tokens_S += tokens_S
 

@@ -30,13 +30,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from serving import ENVIRONMENT, NEVER_CHOSEN, REPOSITORY, VLLM, continued, greedy, one_thread, require_vllm
 
 pytestmark = pytest.mark.serve
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 MODEL = REPOSITORY / "models" / "m2-nano"
-VLLM = Path(os.environ.get("REAPKIT_SERVE_VENV", REPOSITORY / ".venv-vllm")) / "bin"
 
 NUM_EXPERTS = 48
 CHATS = ("arithmetic", "lookup", "python", "tools")
@@ -44,23 +42,10 @@ NUM_TOKENS = 32
 MAX_LENGTH = 2048
 # Two idle cores need about a minute for two servers at once; a busy machine several times that. Too short fails for no reason.
 HEALTHY_WITHIN_S = 300
-# Low enough that no sigmoid brings an expert back, finite so that no engine meets inf - inf.
-NEVER_CHOSEN = -1e9
 
 # Becomes the command, beside a watcher that waits for the end of standard input and then ends the whole process group: a pipe is
 # closed however the tests end, also by a kill that runs no finalizer.
 LEASHED = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$@" 3<&- </dev/null'
-
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "OMP_NUM_THREADS": "1",  # so small a model spends more on waiting for threads than it gains from them
-}
 
 
 @dataclass(frozen=True)
@@ -82,11 +67,7 @@ class Reference:
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_installed() -> None:
-    if not (VLLM / "vllm").exists():
-        missing = f"no vLLM in {VLLM.parent}; tests/serve/setup.sh makes it"
-        if os.environ.get("REAPKIT_REQUIRE_SERVE") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
+    require_vllm()
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +185,7 @@ def in_parallel(address: str, bodies: list[dict[str, Any]]) -> list[dict[str, An
 
 @pytest.fixture(scope="module")
 def reference(checkpoints: Checkpoints, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The original, masked, continued by transformers in float32: no part of this goes through reapkit or vLLM.
-
-    A loop over argmax rather than `generate`, whose defaults (sampling, stops, penalties) come from the checkpoint's files.
-    """
+    """The original, masked, continued by transformers in float32: no part of this goes through reapkit or vLLM."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -221,24 +199,8 @@ def reference(checkpoints: Checkpoints, servers: dict[str, str], tmp_path_factor
     folder = tmp_path_factory.mktemp("reference")
     write_masked(checkpoints.kept, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in ENVIRONMENT
-    try:
-        return Reference(prompts, [continued(model, prompt) for prompt in prompts])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def continued(model: Any, prompt: list[int]) -> list[int]:
-    """The NUM_TOKENS most likely tokens, one after the other, past any end of turn."""
-    tokens: list[int] = []
-    step, cache = torch.tensor([prompt]), None
-    with torch.inference_mode():
-        for _ in range(NUM_TOKENS):
-            output = model(step, past_key_values=cache, use_cache=True)
-            step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-            tokens.append(step.item())
-    return tokens
+    with one_thread():
+        return Reference(prompts, [continued(model, prompt, NUM_TOKENS) for prompt in prompts])
 
 
 def write_masked(kept: Mapping[int, list[int]], folder: Path) -> None:
@@ -335,15 +297,11 @@ def test_a_wrong_checkpoint_is_noticed(checkpoints: Checkpoints, reference: Refe
         tensors[name], tensors[partner] = tensors[partner], tensors[name]
     write_copy(checkpoints.pruned, tmp_path / "swapped", tensors)
 
-    done = subprocess.run(
-        [VLLM / "python", HERE / "greedy.py", checkpoints.pruned, tmp_path / "swapped"],
-        input=json.dumps({"prompts": reference.prompts, "num_tokens": NUM_TOKENS}),
-        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=HEALTHY_WITHIN_S,
+    right, wrong = greedy(
+        [{"model": checkpoints.pruned}, {"model": tmp_path / "swapped"}],
+        reference.prompts,
+        NUM_TOKENS,
+        within_s=HEALTHY_WITHIN_S,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
-    right, wrong = json.loads(done.stdout)
     assert right == reference.continuations
-    assert wrong != reference.continuations
+    assert isinstance(wrong, list) and wrong != reference.continuations
