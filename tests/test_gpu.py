@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+import quantized
+from families import FAMILIES, Family, make
 from reapkit import criteria, plans
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
+from reapkit.formats import decode
 from reapkit.layout import resolve
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
 from reapkit.observation import Observation, Run, observe
+from reapkit.quantization import read_format
 from reapkit.statistics import SUM_NAMES
-from streaming import full_model
+from streaming import full_model, streamed_logits, token_batches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -75,3 +79,30 @@ def test_peak_memory_on_the_device_is_what_the_dry_run_says() -> None:
     peak = torch.cuda.max_memory_allocated() - before
     print(json.dumps({"expected_bytes": expected, "peak_bytes": peak}))
     assert 0.5 * expected < peak < 1.25 * expected
+
+
+@pytest.mark.parametrize("scheme", sorted(quantized.SCHEMES))
+def test_every_format_has_the_same_values_on_a_gpu(qwen3: Path, tmp_path: Path, scheme: str) -> None:
+    checkpoint = Checkpoint.open(quantized.make(qwen3, tmp_path / scheme, scheme))
+    form = read_format(checkpoint)
+    weights = [info for info in checkpoint.tensors.values() if form.companions(info, checkpoint.tensors)]
+    assert weights
+    for info in weights:
+        for dtype in (torch.float32, torch.bfloat16):
+            here, there = (
+                decode(checkpoint, info, format=form, dtype=dtype, device=device) for device in ("cpu", "cuda")
+            )
+            assert torch.equal(here, there.cpu()), (info.name, dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_streams_on_a_gpu_as_it_runs_there_whole(family: Family, tmp_path: Path) -> None:
+    whole = make(family, tmp_path / "whole").cuda()
+    checkpoint = Checkpoint.open(tmp_path / "whole")
+    layout = resolve(checkpoint, ARCHITECTURES)
+    streamed = StreamedModel(checkpoint, layout, device=torch.device("cuda:0"), dtype=torch.float32)
+    inputs = token_batches()
+    for ids_BT, logits_BTV in zip(inputs, streamed_logits(streamed, inputs), strict=True):
+        with torch.inference_mode():
+            expected = whole(input_ids=torch.from_numpy(ids_BT).cuda(), use_cache=False).logits
+        assert (logits_BTV - expected).abs().max() <= 2e-5 * expected.abs().max()
