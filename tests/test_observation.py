@@ -419,3 +419,72 @@ def test_a_device_or_dtype_that_is_not_there_is_named(run: Run, message: str, hi
     with pytest.raises(UsageError, match=message) as caught:
         run.resolve()
     assert hint in str(caught.value.hint)
+
+
+# ---- interrupted runs
+
+
+def many_waves(folder: Path, text: str, *, share: int = 1) -> Observation:
+    """An observation in so many waves as there are micro-batches, or fewer by a factor."""
+    probe = Observation(folder, [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    budget = max(batch.input_ids_BT.size for batch in probe.batches) * module.bytes_per_token(probe.model)
+    return Observation(
+        folder, [text], run=replace(RUN, activation_budget=share * budget), max_length=MAX_LENGTH, seed=0
+    )
+
+
+def test_an_interrupted_run_goes_on_after_its_last_finished_wave_to_the_same_bits(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path
+) -> None:
+    undisturbed = many_waves(checkpoints["m2"], text).run()
+    undisturbed.save(tmp_path / "undisturbed")
+    keep = tmp_path / "statistics.unfinished"
+    begun_at = []
+    for stop_at in (0.4, 0.9, 2.0):
+        shares: list[float] = []
+
+        def progress(
+            task: str, done: float, total: float, unit: str, *, stop_at: float = stop_at, shares: list[float] = shares
+        ) -> None:
+            shares.append(done / total)
+            if done / total >= stop_at:
+                raise KeyboardInterrupt
+
+        # Fewer waves would fit now; those that were begun with go on, since another order would round otherwise.
+        observation = many_waves(checkpoints["m2"], text, share=1 if stop_at == 0.4 else 3)
+        if stop_at < 1:
+            with pytest.raises(KeyboardInterrupt):
+                observation.run(progress=progress, keep=keep)
+            assert 0 < Statistics.load(keep, unfinished=True).finished_waves < len(observation.batches)
+        else:
+            observation.run(progress=progress, keep=keep).save(tmp_path / "resumed")
+        begun_at.append(shares[0])
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert begun_at[0] == 0 < begun_at[1] < begun_at[2] < 1 and shares[-1] == 1
+
+
+def test_sums_of_an_interrupted_run_are_no_statistics(checkpoints: dict[str, Path], text: str, tmp_path: Path) -> None:
+    def progress(task: str, done: float, total: float, unit: str) -> None:
+        if done / total > 0.5:
+            raise KeyboardInterrupt
+
+    keep = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        many_waves(checkpoints["m2"], text).run(progress=progress, keep=keep)
+    with pytest.raises(DataError, match=r"holds the sums of an interrupted run: \d+ of \d+ waves") as caught:
+        plans.plan(keep, ratio=0.25)
+    assert caught.value.hint == "repeat the command that wrote it: it goes on from there"
+
+
+def test_another_runs_sums_are_not_gone_on_with(checkpoints: dict[str, Path], text: str, tmp_path: Path) -> None:
+    def progress(task: str, done: float, total: float, unit: str) -> None:
+        if done / total > 0.5:
+            raise KeyboardInterrupt
+
+    keep = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        many_waves(checkpoints["m2"], text).run(progress=progress, keep=keep)
+    other = write_jsonl(tmp_path / "other.jsonl", text_rows(20, seed=9))
+    for observation in (many_waves(checkpoints["m2"], other), many_waves(checkpoints["qwen3"], text)):
+        with pytest.raises(DataError, match="an interrupted run on another model, text or settings"):
+            observation.run(keep=keep)

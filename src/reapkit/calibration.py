@@ -19,6 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
@@ -85,6 +86,15 @@ class Tokenizer(Protocol):
     def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
 
 
+class Processor(Protocol):
+    """What is asked of a transformers processor, which renders chats with images."""
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class DataSource:
     """One `--data` argument: `[DOMAIN=]SOURCE[SUBSET](SPLIT)[:SAMPLES]`; `name` is a path, hub id or recipe."""
@@ -136,8 +146,22 @@ class DataSource:
 
 
 @dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a document.
+
+    `digests` are the SHA-256 of their files. `load` prepares them anew, so that pixels are in memory only while they are
+    needed: what the model takes beside token ids, by the name of its argument, `nbytes` in all. It raises DataError if a
+    file is not what it was.
+    """
+
+    digests: tuple[str, ...]
+    nbytes: int
+    load: Callable[[], dict[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens that see only each other: a sample, or one window of a long sample.
+    """Tokens that see only each other: a sample, or one window of a long sample. A sample with images is never split.
 
     `index` numbers the samples over all sources; the windows of a sample share it, and so its fold.
     """
@@ -145,6 +169,7 @@ class Document:
     input_ids: npt.NDArray[np.int32]
     domain: str
     index: int
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,7 @@ class SourceReport:
 
     `rows` were read (all rows of a file, of a hub stream only those drawn), `requested` were asked for (None: all),
     `samples` have tokens and are used, `empty` were drawn but have none. `split_samples` of the samples were longer
-    than the maximal length; all samples together make `windows` documents of `tokens` tokens.
+    than the maximal length; all samples together make `windows` documents of `tokens` tokens and with `images` images.
     """
 
     source: str
@@ -164,6 +189,7 @@ class SourceReport:
     split_samples: int
     windows: int
     tokens: int
+    images: int
 
     def to_json(self) -> dict[str, str | int | None]:
         return dataclasses.asdict(self)
@@ -171,7 +197,7 @@ class SourceReport:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationData:
-    """All documents in the order of their sources; `digest` covers tokens, borders, domains and indices, nothing else."""
+    """All documents in the order of their sources; `digest` covers tokens, images, borders, domains and indices, nothing else."""
 
     documents: tuple[Document, ...]
     domains: tuple[str, ...]
@@ -185,12 +211,16 @@ class CalibrationData:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationBatch:
-    """Documents padded on the right; `domain_B` points into `CalibrationData.domains`, `index_B` is the documents' sample number."""
+    """Documents padded on the right; `domain_B` points into `CalibrationData.domains`, `index_B` is the documents' sample number.
+
+    A document with images is alone in its batch.
+    """
 
     input_ids_BT: npt.NDArray[np.int64]
     length_B: npt.NDArray[np.int64]
     domain_B: npt.NDArray[np.int64]
     index_B: npt.NDArray[np.int64]
+    images: Images | None = None
 
     @property
     def fold_B(self) -> npt.NDArray[np.int64]:  # noqa: N802 - a shape suffix
@@ -204,16 +234,23 @@ class CalibrationBatch:
 
 
 def load(
-    sources: Sequence[DataSource | str], tokenizer: Tokenizer, *, max_length: int = 2048, seed: int = 0
+    sources: Sequence[DataSource | str],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 2048,
+    seed: int = 0,
+    processor: Callable[[], Processor] | None = None,
 ) -> CalibrationData:
     """Read, sample, render and tokenise the sources.
 
     Of each source the first SAMPLES rows after a shuffle by `seed` are used, whatever other sources there are. Samples
-    longer than `max_length` tokens become several documents; none is cut or dropped.
+    longer than `max_length` tokens become several documents; none is cut or dropped. `processor` is called when the first
+    row with images is met; without one such rows are refused.
 
     Raises:
         UsageError: a source that does not follow the grammar, or no source.
-        DataError: a source that cannot be read or understood, or that yields no token.
+        DataError: a source that cannot be read or understood, or that yields no token; images that cannot be taken, or
+            with which a sample is longer than `max_length`.
         UnsupportedError: an optional package that the source needs is not installed.
     """
     if max_length < 1:
@@ -225,8 +262,11 @@ def load(
     documents: list[Document] = []
     reports: list[SourceReport] = []
     num_samples = 0
+    shared = None if processor is None else cache(processor)
     for source in itertools.chain.from_iterable(_expand(source) for source in parsed):
-        found, report = _load_source(source, tokenizer, max_length=max_length, seed=seed, first_index=num_samples)
+        found, report = _load_source(
+            source, tokenizer, shared, max_length=max_length, seed=seed, first_index=num_samples
+        )
         documents += found
         reports.append(report)
         num_samples += report.samples
@@ -237,7 +277,7 @@ def load(
 def batches(data: CalibrationData, *, tokens_per_batch: int, pad_id: int = 0) -> list[CalibrationBatch]:
     """Put documents of like length together, padded on the right, at most `tokens_per_batch` positions (B x T) each.
 
-    A document longer than that is a batch of its own. The batches come in a fixed shuffled order, not by length, so
+    A document longer than that, or with images, is a batch of its own. The batches come in a fixed shuffled order, not by length, so
     that any first part of the list is a fair sample of the whole.
     """
     if tokens_per_batch < 1:
@@ -246,7 +286,8 @@ def batches(data: CalibrationData, *, tokens_per_batch: int, pad_id: int = 0) ->
     groups: list[list[int]] = []
     group: list[int] = []
     num_real = 0
-    for number in sorted(range(len(length_of)), key=lambda number: (-length_of[number], number)):
+    text = [number for number, document in enumerate(data.documents) if document.images is None]
+    for number in sorted(text, key=lambda number: (-length_of[number], number)):
         longest = length_of[group[0]] if group else length_of[number]
         size = (len(group) + 1) * longest
         if group and (size > tokens_per_batch or size - num_real - length_of[number] > _MAX_PADDING * size):
@@ -256,6 +297,7 @@ def batches(data: CalibrationData, *, tokens_per_batch: int, pad_id: int = 0) ->
         num_real += length_of[number]
     if group:
         groups.append(group)
+    groups += [[number] for number, document in enumerate(data.documents) if document.images is not None]
     _, shuffled = _draw(groups, None, seed=0)
     return [_pad([data.documents[number] for number in group], data.domains, pad_id) for group in shuffled]
 
@@ -267,13 +309,14 @@ def _pad(documents: list[Document], domains: tuple[str, ...], pad_id: int) -> Ca
         row_T[: len(document.input_ids)] = document.input_ids
     domain_B = np.array([domains.index(document.domain) for document in documents], dtype=np.int64)
     index_B = np.array([document.index for document in documents], dtype=np.int64)
-    return CalibrationBatch(input_ids_BT, length_B, domain_B, index_B)
+    return CalibrationBatch(input_ids_BT, length_B, domain_B, index_B, documents[0].images)
 
 
 def _digest(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256(b"reapkit calibration 1\n")
     for document in documents:
-        header = json.dumps([document.index, document.domain, len(document.input_ids)])
+        images = [] if document.images is None else [document.images.digests]
+        header = json.dumps([document.index, document.domain, len(document.input_ids), *images])
         digest.update(header.encode() + b"\n" + document.input_ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
@@ -284,10 +327,11 @@ def _digest(documents: Iterable[Document]) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as read; `where` names it in messages: file and line, or data set and sample."""
+    """A row as read; `where` names it in messages: file and line, or data set and sample. Its images' paths begin at `folder`."""
 
     where: str
     fields: dict[str, Any]
+    folder: Path = Path()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -327,7 +371,7 @@ def _read(source: DataSource, seed: int) -> tuple[int, list[_Row], str]:
         if source.subset or source.split:
             raise UsageError(f"{source.name} is a file: it has no subset or split", hint=f"--data {source.name}")
         num_rows, rows = _draw(_read_file(path), source.samples, seed)
-        return num_rows, rows, _stem(path)
+        return num_rows, [dataclasses.replace(row, folder=path.parent) for row in rows], _stem(path)
     if _looks_like_path(source.name):
         raise DataError(f"there is no file {source.name}", hint="a hub data set is written ORG/NAME")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
@@ -491,6 +535,11 @@ class _Chat:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def images(self) -> list[Path]:
+        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        return [Path(part["image"]) for part in parts if part["type"] == "image"]
+
 
 def _understand(row: _Row) -> _Chat | str:
     """A row's chat, or its plain text, by the first set of columns that it has; a null column counts as absent."""
@@ -607,20 +656,44 @@ def _message(row: _Row, message: Any, name: str) -> dict[str, Any]:
     return result
 
 
-def _content(row: _Row, content: Any, name: str) -> str:
-    """Text parts joined: half of the templates take only a string."""
+def _content(row: _Row, content: Any, name: str) -> str | list[dict[str, Any]]:
+    """Text parts joined, as half of the templates take only a string; with images among them the list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
         raise DataError(f"{row.where}: {name} has content that is {_kind(content)}, not text")
-    texts = []
+    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for part in content:
+        if isinstance(part, dict) and part.get("type") == "image":
+            parts.append({"type": "image", "image": str(_image(row, part, name))})
+            continue
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else None
             raise DataError(f"{row.where}: {name} holds a part that is no text ({kind or _kind(part)})")
         texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    return parts if len(parts) > len(texts) else "".join(texts)
+
+
+def _image(row: _Row, part: dict[str, Any], name: str) -> Path:
+    """The file of an image, as transformers' chat templates know it: `{type: image, image}` or `{type: image, path}`."""
+    usual = 'write {"type": "image", "image": PATH}'
+    value = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{row.where}: {name} has an image that is {_kind(value)}, not a path", hint=usual)
+    if part.get("url") is not None or re.match(r"[a-z][a-z0-9+.-]+://|data:", value, re.IGNORECASE):
+        raise DataError(
+            f"{row.where}: {name} has an image that is not a local file: {value[:80]}",
+            hint=f"download it, then {usual}; nothing is fetched for it",
+        )
+    path = row.folder / Path(value).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{row.where}: there is no image {path}", hint="paths are relative to the folder of the file with the rows"
+        )
+    return path
 
 
 def _tool_call(row: _Row, call: Any) -> dict[str, Any]:
@@ -702,7 +775,13 @@ def _property(argument: Any) -> Any:
 
 
 def _load_source(
-    source: DataSource, tokenizer: Tokenizer, *, max_length: int, seed: int, first_index: int
+    source: DataSource,
+    tokenizer: Tokenizer,
+    processor: Callable[[], Processor] | None,
+    *,
+    max_length: int,
+    seed: int,
+    first_index: int,
 ) -> tuple[list[Document], SourceReport]:
     num_rows, rows, default_domain = _read(source, seed)
     if not rows:
@@ -710,11 +789,17 @@ def _load_source(
     domains = [source.domain or _domain(row) or default_domain for row in rows]
     documents: list[Document] = []
     num_samples = num_split = 0
-    for domain, ids_T in zip(domains, _tokenize(rows, tokenizer), strict=True):
+    for row, domain, (ids_T, images) in zip(rows, domains, _tokenize(rows, tokenizer, processor), strict=True):
         if len(ids_T) == 0:
             continue
+        if images is not None and len(ids_T) > max_length:
+            raise DataError(
+                f"{row.where} has {len(ids_T):,} tokens with its images, which are never split, and at most {max_length:,} "
+                "are allowed",
+                hint=f"--max-length {len(ids_T)}, or smaller images",
+            )
         for start in range(0, len(ids_T), max_length):
-            documents.append(Document(ids_T[start : start + max_length], domain, first_index + num_samples))
+            documents.append(Document(ids_T[start : start + max_length], domain, first_index + num_samples, images))
         num_samples += 1
         num_split += len(ids_T) > max_length
     if not documents:
@@ -728,6 +813,7 @@ def _load_source(
         split_samples=num_split,
         windows=len(documents),
         tokens=sum(len(document.input_ids) for document in documents),
+        images=sum(len(document.images.digests) for document in documents if document.images is not None),
     )
     return documents, report
 
@@ -739,8 +825,10 @@ def _domain(row: _Row) -> str | None:
     return domain or None
 
 
-def _tokenize(rows: Sequence[_Row], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int32]]:
-    """Token ids of every row, none for an empty one.
+def _tokenize(
+    rows: Sequence[_Row], tokenizer: Tokenizer, processor: Callable[[], Processor] | None
+) -> Iterator[tuple[npt.NDArray[np.int32], Images | None]]:
+    """Token ids of every row, none for an empty one, and its images.
 
     A template writes every special token itself, so none is added to a chat. Plain text gets the tokenizer's own once,
     also if the text begins with them.
@@ -748,10 +836,15 @@ def _tokenize(rows: Sequence[_Row], tokenizer: Tokenizer) -> Iterator[npt.NDArra
     for start in range(0, len(rows), _TOKENIZER_CHUNK):
         texts: list[str] = []
         is_chat: list[bool] = []
-        for row in rows[start : start + _TOKENIZER_CHUNK]:
+        seen: dict[int, tuple[npt.NDArray[np.int32], Images]] = {}
+        for number, row in enumerate(rows[start : start + _TOKENIZER_CHUNK]):
             content = _understand(row)
             is_chat.append(isinstance(content, _Chat))
-            texts.append(_encodable(_render(row, content, tokenizer) if isinstance(content, _Chat) else content))
+            if isinstance(content, _Chat) and content.images:
+                seen[number] = _see(row, content, processor)
+                texts.append("")
+            else:
+                texts.append(_encodable(_render(row, content, tokenizer) if isinstance(content, _Chat) else content))
         ids: dict[int, Sequence[int]] = {}
         for chat in (True, False):
             chosen = [number for number, text in enumerate(texts) if text and is_chat[number] == chat]
@@ -762,7 +855,7 @@ def _tokenize(rows: Sequence[_Row], tokenizer: Tokenizer) -> Iterator[npt.NDArra
         for number in range(len(texts)):
             ids_T = np.asarray(ids.get(number, ()), dtype=np.int32)
             doubled = not is_chat[number] and bos is not None and len(ids_T) > 1 and (ids_T[:2] == bos).all()
-            yield ids_T[1:] if doubled else ids_T
+            yield seen.get(number, (ids_T[1:] if doubled else ids_T, None))
 
 
 def _encodable(text: str) -> str:
@@ -779,24 +872,80 @@ def _render(row: _Row, chat: _Chat, tokenizer: Tokenizer) -> str:
             f"{row.where} is a chat, but the tokenizer has no chat template",
             hint="give rows with a column text, or a checkpoint with a chat template",
         )
-    options: dict[str, Any] = {"tools": chat.tools, "tokenize": False}
-    try:
+    def apply(messages: list[dict[str, Any]]) -> str:
         template = tokenizer.get_chat_template(tools=chat.tools)
-        if "strftime_now" in template:
-            options["chat_template"] = _FIXED_DATE + template
+        options = {"tools": chat.tools, "tokenize": False, **_dated(template)}
+        return str(tokenizer.apply_chat_template(messages, **options))
+
+    return _applied(row, chat, apply, hint="change or remove the row, or give its rendered text in a column text")
+
+
+def _dated(template: Any) -> dict[str, Any]:
+    """The option that gives a template a fixed date, if it asks for today's."""
+    return {"chat_template": _FIXED_DATE + template} if isinstance(template, str) and "strftime_now" in template else {}
+
+
+def _applied(row: _Row, chat: _Chat, apply: Callable[[list[dict[str, Any]]], _Item], *, hint: str) -> _Item:
+    """What a template makes of a chat's messages."""
+    try:
         try:
-            return str(tokenizer.apply_chat_template(chat.messages, **options))
+            return apply(chat.messages)
         except TypeError:
             # Some templates (DeepSeek's) add the arguments to a string: those want them as JSON text.
             if not any("tool_calls" in message for message in chat.messages):
                 raise
-            return str(tokenizer.apply_chat_template(_with_text_arguments(chat.messages), **options))
+            return apply(_with_text_arguments(chat.messages))
     except Exception as error:  # a template is a program from the checkpoint and may fail in any way
         reason = str(error).strip() or type(error).__name__
+        raise DataError(f"{row.where}: the chat template fails: {reason}", hint=hint) from error
+
+
+def _see(
+    row: _Row, chat: _Chat, processor: Callable[[], Processor] | None
+) -> tuple[npt.NDArray[np.int32], Images]:
+    """A chat with images through the model's own processor: token ids, those of images among them, and the images."""
+    if processor is None:
+        raise DataError(f"{row.where} holds images, and only text is read here", hint="remove the rows with images")
+    digests = _digests_of_files(row, chat.images)
+    inputs = _processed(row, chat, processor())
+    ids_T = inputs.pop("input_ids")[0].astype(np.int32)
+    if not any(np.issubdtype(array.dtype, np.floating) for array in inputs.values()):
         raise DataError(
-            f"{row.where}: the chat template fails: {reason}",
-            hint="change or remove the row, or give its rendered text in a column text",
-        ) from error
+            f"{row.where}: the processor gives no pixels for its images", hint="is its chat template one for images?"
+        )
+
+    def load() -> dict[str, npt.NDArray[Any]]:
+        again = _processed(row, chat, processor())
+        if _digests_of_files(row, chat.images) != digests or not np.array_equal(again.pop("input_ids")[0], ids_T):
+            raise DataError(f"{row.where}: its images were changed after they were first read", hint="start again")
+        return again
+
+    return ids_T, Images(digests, sum(array.nbytes for array in inputs.values()), load)
+
+
+def _digests_of_files(row: _Row, paths: Sequence[Path]) -> tuple[str, ...]:
+    try:
+        return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    except OSError as error:
+        raise DataError(f"{row.where}: an image cannot be read: {error}") from error
+
+
+def _processed(row: _Row, chat: _Chat, processor: Processor) -> dict[str, npt.NDArray[Any]]:
+    """What the processor makes of a chat, by name; there is no mask, as nothing is padded."""
+
+    def apply(messages: list[dict[str, Any]]) -> dict[str, npt.NDArray[Any]]:
+        features = processor.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=chat.tools,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"add_special_tokens": False},
+            **_dated(processor.chat_template),
+        )
+        return {name: np.asarray(value) for name, value in features.items() if name != "attention_mask"}
+
+    return _applied(row, chat, apply, hint="change or remove the row, and see whether its images can be opened")
 
 
 def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

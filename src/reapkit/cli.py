@@ -103,9 +103,9 @@ def _verb(function: Function) -> Function:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            resumes = function.__name__ in ("prune", "compress")
+            resumes = function.__name__ in ("observe", "prune", "compress")
             _note(
-                "interrupted" + ("; the same command goes on after the last finished stage or file" if resumes else "")
+                "interrupted" + ("; the same command goes on after the last finished wave or file" if resumes else "")
             )
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -191,19 +191,20 @@ def observe(
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
     from reapkit.observation import Observation
-    from reapkit.outputs import require_target
+    from reapkit.outputs import require_target, unfinished
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code)
     observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision)
-    _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
-    _note_caution(observation.layout.architecture, quiet=quiet)
+    sources = [source.to_json() for source in observation.data.sources]
+    _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
         _print_estimate(observation.estimate(), as_json=as_json)
         return
     with _progress(quiet) as progress:
-        statistics = observation.run(progress=progress)
+        statistics = observation.run(progress=progress, keep=unfinished(output))
     statistics.save(output)
+    unfinished(output).unlink(missing_ok=True)
     if as_json:
         _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains),
                      "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip
@@ -367,8 +368,8 @@ def compress(
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     if dry_run:
         observation, manifest = compression.prepare(source, output, target, **text, dequantize=dequantize, mtp=mtp)
-        _note_sources((source.to_json() for source in observation.data.sources), quiet=quiet)
-        _note_caution(observation.layout.architecture, quiet=quiet)
+        sources = [source.to_json() for source in observation.data.sources]
+        _note_calibration(observation.layout.architecture, sources, quiet=quiet)
         _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
         return
     with _progress(quiet) as progress:
@@ -385,8 +386,8 @@ def compress(
             }
         )
     elif not quiet:
-        _note_sources(result.choice.statistics.calibration[0].sources if result.choice.statistics else (), quiet=quiet)
-        _note_caution(result.architecture, quiet=quiet)
+        observed = result.choice.statistics.calibration[0].sources if result.choice.statistics else ()
+        _note_calibration(result.architecture, observed, quiet=quiet)
         _print_choice(result.choice)
         _note(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}")
         _note_unmeasured(result.manifest)
@@ -567,9 +568,11 @@ def _print_verification(verification: Verification) -> None:
         _note(f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}")
 
 
-def _note_caution(architecture: Architecture, *, quiet: bool) -> None:
-    """What text alone cannot measure in this family."""
-    if architecture.caution and not quiet:
+def _note_calibration(architecture: Architecture, sources: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:
+    """What a person should know of the text, and what text alone cannot measure in this family."""
+    _note_sources(sources, quiet=quiet)
+    # Statistics from before rows could have images do not count them.
+    if architecture.caution and not quiet and not any(source.get("images") for source in sources):
         _note(f"[bold]note:[/] {architecture.name}: {architecture.caution}")
 
 

@@ -13,6 +13,7 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
 from reapkit.layout import Architecture
 from reapkit.observation import Observation, Run
+from reapkit.outputs import unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.shards import OWN_FOLDER, Manifest
@@ -140,8 +141,9 @@ def compress(
     path = out / OWN_FOLDER / STATISTICS_NAME
     statistics = observed_before(path, observation)
     if statistics is None:
-        statistics = observation.run(progress=progress)
+        statistics = observation.run(progress=progress, keep=unfinished(path))
         statistics.save(path)
+        unfinished(path).unlink(missing_ok=True)
     choice = plans.choose(statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, seed=seed)
     manifest = shards.write(
         observation.checkpoint,

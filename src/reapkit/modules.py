@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reapkit.calibration import Images
 from reapkit.checkpoint import Checkpoint, read_config
-from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
 from reapkit.formats import decode
 from reapkit.layout import Architecture, MoELayout
@@ -455,6 +456,71 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         raise CheckpointError(f"the tokenizer of {checkpoint.origin} cannot be loaded: {reason}") from None
 
 
+def load_processor(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's own processor, which renders chats with images; without its part for videos where torchvision is missing.
+
+    Raises:
+        DataError: the model takes no images, the checkpoint brings no image processor, or a package is missing.
+    """
+    from transformers import AutoProcessor
+
+    if checkpoint.config.get("vision_config") is None:
+        raise DataError(
+            f"{checkpoint.origin} has no vision tower, so it takes no images", hint="remove the rows with images"
+        )
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise DataError("reading images needs the package pillow", hint="pip install pillow") from None
+    described = ("preprocessor_config.json", "processor_config.json")
+    if not any((checkpoint.path / name).exists() for name in described):
+        raise DataError(
+            f"{checkpoint.origin} brings no image processor: it has neither {' nor '.join(described)}",
+            hint="fetch these files from where the checkpoint came from",
+        )
+    try:
+        with _quiet_transformers():
+            try:
+                processor = AutoProcessor.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+            except ImportError as error:
+                processor = _processor_without_videos(checkpoint.path, error)
+        if getattr(processor, "image_processor", None) is None:
+            raise ValueError("there is none in its files")
+    except (ImportError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the image processor of {checkpoint.origin} cannot be loaded: {reason}",
+            hint="pip install torchvision" if "torchvision" in str(error).lower() else "fetch the checkpoint again",
+        ) from None
+    return processor
+
+
+def _processor_without_videos(path: Path, error: ImportError) -> Any:
+    """A family's processor for text and images alone: its part for videos needs torchvision, also where nobody has videos.
+
+    Raises:
+        ImportError: the given one, where that is not all that is missing.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(str(path))
+    family: Any = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    if family is None or set(family.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
+        raise error
+
+    class WithoutVideos(family):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+            """Passes no video processor, of which transformers' own check looks up the class."""
+
+    described, _ = family.get_processor_dict(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    return WithoutVideos(
+        image_processor=AutoImageProcessor.from_pretrained(str(path)),
+        tokenizer=tokenizer,
+        chat_template=described.get("chat_template") or tokenizer.chat_template,
+    )
+
+
 class _Cancelled(BaseException):
     """Wakes a suspended forward so that it unwinds."""
 
@@ -534,6 +600,7 @@ class SuspendedForwards:
         model: whose forward runs.
         inputs_BT: int64 token ids per micro-batch, documents padded on the right. No mask is passed: causal attention cannot see
             the padding behind a token.
+        images: per micro-batch, the images of its only document, which are prepared when its forward begins.
         observe: per micro-batch, what is shown its routed pairs.
     """
 
@@ -542,13 +609,15 @@ class SuspendedForwards:
         model: StreamedModel,
         inputs_BT: Sequence[np.ndarray[Any, Any]],
         *,
+        images: Sequence[Images | None] | None = None,
         observe: Sequence[RoutedObserver] | None = None,
     ) -> None:
         self._model = model
+        seen: Sequence[Images | None] = images if images is not None else [None] * len(inputs_BT)
         observers: Sequence[RoutedObserver | None] = observe if observe is not None else [None] * len(inputs_BT)
         self._forwards = [
-            _Forward(partial(self._forward, ids_BT), device=model.device, observe=observer)
-            for ids_BT, observer in zip(inputs_BT, observers, strict=True)
+            _Forward(partial(self._forward, ids_BT, image), device=model.device, observe=observer)
+            for ids_BT, image, observer in zip(inputs_BT, seen, observers, strict=True)
         ]
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
         self._hooks: list[Any] = []
@@ -610,8 +679,14 @@ class SuspendedForwards:
             forward.step()
             yield forward.take_result().logits
 
-    def _forward(self, ids_BT: np.ndarray[Any, Any]) -> Any:
-        return self._model.module(input_ids=torch.from_numpy(ids_BT).to(self._model.device), use_cache=False)
+    def _forward(self, ids_BT: np.ndarray[Any, Any], images: Images | None) -> Any:
+        model = self._model
+        inputs = {name: torch.from_numpy(array) for name, array in images.load().items()} if images is not None else {}
+        moved = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        return model.module(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False, **moved)
 
 
 def _pause_before(layer: int, module: nn.Module, args: Any) -> None:

@@ -10,9 +10,10 @@ Q = the six sums.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
 from reapkit.experts import RoutedObserver, RoutedPairs, experts_of
 from reapkit.layout import MoELayout
-from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
+from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, load_tokenizer
 from reapkit.progress import Progress, silent
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
 
@@ -37,6 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
 # Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
 HELD_STATES = 2
+# What a document with images holds beside its pixels, as a multiple of that: Qwen3-VL keeps what its vision tower made of each image
+# token for the embeddings and for three layers, all of it twice.
+IMAGES_FACTOR = 5
 # On a CPU every suspended forward keeps a team of OpenMP threads of its own, about a megabyte each: without a bound, 2,000 micro-batches
 # on 64 cores would be 128,000 threads. Fewer mean more waves, so more reading, which the computing hides.
 MAX_THREADS = 1024
@@ -146,7 +150,8 @@ class Observation:
         self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
         self.layout = layouts.resolve(self.checkpoint, ARCHITECTURES)
         tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=run.trust_remote_code)
-        self.data: CalibrationData = load(data, tokenizer, max_length=max_length, seed=seed)
+        processor = partial(load_processor, self.checkpoint, trust_remote_code=run.trust_remote_code)
+        self.data: CalibrationData = load(data, tokenizer, max_length=max_length, seed=seed, processor=processor)
         self.model = StreamedModel(
             self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
         )
@@ -167,7 +172,8 @@ class Observation:
     def estimate(self) -> Estimate:
         """What `run` would take; measures matrix products and reading for about a second."""
         model, device = self.model, self.model.device
-        held = max(sum(batch.input_ids_BT.size for batch in wave) for wave in self.waves) * bytes_per_token(model)
+        per_token = bytes_per_token(model)
+        held = max(sum(held_bytes(batch, per_token) for batch in wave) for wave in self.waves)
         padded = sum(batch.input_ids_BT.size for batch in self.batches)
         compute_rate = _measure_flops(device, model.dtype) / _flops_per_token(self.model)
         disk_rate = _measure_disk(self.checkpoint)
@@ -190,19 +196,33 @@ class Observation:
             dtype=self.settings["dtype"],
         )
 
-    def run(self, *, progress: Progress = silent) -> Statistics:
+    def run(self, *, progress: Progress = silent, keep: Path | None = None) -> Statistics:
         """Observe all waves.
 
+        Args:
+            progress: told how far it is.
+            keep: a file that holds the sums of the waves done so far, until all are; what an interrupted run left there is gone on
+                with, in the same waves, so that the result is the same to the bit.
+
         Raises:
-            DataError: an activation is NaN or infinite; layer and batch are named.
+            DataError: an activation is NaN or infinite; layer and batch are named. Or the file is another run's.
+            OutputError: the file cannot be written.
         """
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
         total = self.data.num_tokens * len({*range(len(self.model.layers)), *observed})
-        done = 0
-        progress("observe", 0, total, "tokens x layers")
-        for wave in self.waves:
+        waves, begun = self.waves, self._begun(keep)
+        if begun is not None:
+            layers |= begun.layers
+            borders = [0, *accumulate(begun.waves)]
+            waves = [self.batches[start:stop] for start, stop in pairwise(borders)]
+        first = begun.finished_waves if begun is not None else 0
+        done = sum(int(batch.length_B.sum()) for wave in waves[:first] for batch in wave) * (
+            total // self.data.num_tokens
+        )
+        progress("observe", done, total, "tokens x layers")
+        for number_of_wave, wave in enumerate(waves[first:], start=first + 1):
             sums = _LayerSums(num_rows, self.layout, self.model.device)
             observers = [sums.observer(batch) for batch in wave]
 
@@ -216,8 +236,11 @@ class Observation:
                 done += int(wave[number].length_B.sum())
                 progress("observe", done, total, "tokens x layers")
 
-            with SuspendedForwards(self.model, [batch.input_ids_BT for batch in wave], observe=observers) as forwards:
+            inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
+            with SuspendedForwards(self.model, inputs, images=images, observe=observers) as forwards:
                 forwards.run_layers(after_batch)
+            if keep is not None and number_of_wave < len(waves):
+                self._described(layers, waves=tuple(map(len, waves)), finished_waves=number_of_wave).save(keep)
         for index, layer in layers.items():
             layer.require_finite(index)
             # An MTP layer takes the next token, which the last ones of a document do not have.
@@ -228,6 +251,21 @@ class Observation:
                     f"layer {index} sent {seen:,} of {expected:,} tokens through transformers' experts function, "
                     "so its experts cannot be observed"
                 )
+        return self._described(layers)
+
+    def _begun(self, keep: Path | None) -> Statistics | None:
+        """What an interrupted run of the same observation left."""
+        if keep is None or not keep.exists():
+            return None
+        begun = Statistics.load(keep, unfinished=True)
+        if not self.matches(begun) or sum(begun.waves) != len(self.batches):
+            raise DataError(
+                f"{keep} holds the sums of an interrupted run on another model, text or settings",
+                hint="repeat the command that began it, or remove the file",
+            )
+        return begun
+
+    def _described(self, layers: Mapping[int, LayerStatistics], **progress: Any) -> Statistics:
         record = CalibrationRecord(
             self.data.digest, self.data.num_tokens, self.seed, tuple(source.to_json() for source in self.data.sources)
         )
@@ -244,6 +282,7 @@ class Observation:
             calibration=(record,),
             unobserved=tuple(index for index in self.layout.mtp_indices if index not in layers),
             layers=layers,
+            **progress,
         )
 
     def matches(self, statistics: Statistics) -> bool:
@@ -350,6 +389,12 @@ def bytes_per_token(model: StreamedModel) -> int:
     return HELD_STATES * model.hidden_size * torch.empty((), dtype=model.dtype).element_size()
 
 
+def held_bytes(batch: CalibrationBatch, bytes_per_token: int) -> int:
+    """Bytes that a suspended micro-batch holds."""
+    size = batch.input_ids_BT.size * bytes_per_token
+    return size if batch.images is None else IMAGES_FACTOR * size + batch.images.nbytes
+
+
 def split_into_waves(
     parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int, max_batches: int
 ) -> list[list[CalibrationBatch]]:
@@ -358,7 +403,7 @@ def split_into_waves(
     Raises:
         UsageError: a single micro-batch is over the budget.
     """
-    sizes = [batch.input_ids_BT.size * bytes_per_token for batch in parts]
+    sizes = [held_bytes(batch, bytes_per_token) for batch in parts]
     if max(sizes) > budget:
         raise UsageError(
             f"an activation budget of {budget:,} bytes is less than the {max(sizes):,} that one micro-batch holds",

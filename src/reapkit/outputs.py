@@ -35,6 +35,11 @@ def require_target(path: Path) -> None:
             raise PermissionError(None, "its folder cannot be written to")
 
 
+def unfinished(path: Path) -> Path:
+    """Where the work towards a file is kept until it is done."""
+    return path.with_name(path.name + ".unfinished")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside the target, bring it to the disk, and rename it.
 

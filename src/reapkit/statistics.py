@@ -104,6 +104,8 @@ class Statistics:
         calibration: the observed texts.
         unobserved: numbers of the layers with experts that lie on disk and that the model never runs (MTP layers).
         layers: sums by layer number.
+        waves, finished_waves: of a run that is not done, the number of micro-batches in each wave, and of waves whose sums are here;
+            empty and 0 in whole statistics.
     """
 
     origin: str
@@ -118,6 +120,8 @@ class Statistics:
     calibration: tuple[CalibrationRecord, ...]
     unobserved: tuple[int, ...]
     layers: Mapping[int, LayerStatistics] = field(repr=False)
+    waves: tuple[int, ...] = ()
+    finished_waves: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -150,11 +154,11 @@ class Statistics:
         write_whole(path, write)
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
-        """Read what `save` wrote.
+    def load(cls, path: Path, *, unfinished: bool = False) -> Statistics:
+        """Read what `save` wrote; with `unfinished` also the sums of a run that was interrupted.
 
         Raises:
-            DataError: not a statistics file, or a damaged one.
+            DataError: not a statistics file, a damaged one, or an interrupted run's.
         """
         if not path.is_file():
             raise DataError(f"there is no statistics file {path}", hint="make one with reapkit observe")
@@ -177,7 +181,7 @@ class Statistics:
                 CalibrationRecord(record["digest"], record["tokens"], record["seed"], tuple(record["sources"]))
                 for record in described.pop("calibration")
             )
-            for name in ("domains", "unobserved"):
+            for name in ("domains", "unobserved", "waves"):
                 described[name] = tuple(described[name])
             result = cls(**described, calibration=records, layers=layers)
             if not layers:
@@ -195,6 +199,11 @@ class Statistics:
             raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
         for index, layer in layers.items():
             layer.require_finite(index)
+        if result.waves and not unfinished:
+            raise DataError(
+                f"{path} holds the sums of an interrupted run: {result.finished_waves} of {len(result.waves)} waves",
+                hint="repeat the command that wrote it: it goes on from there",
+            )
         return result
 
 
