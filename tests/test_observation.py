@@ -434,8 +434,9 @@ def many_waves(folder: Path, text: str, *, share: int = 1) -> Observation:
 
 
 def test_an_interrupted_run_goes_on_after_its_last_finished_wave_to_the_same_bits(
-    checkpoints: dict[str, Path], text: str, tmp_path: Path
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(module.TOKENS_PER_BATCH, "cpu", 200)
     undisturbed = many_waves(checkpoints["m2"], text).run()
     undisturbed.save(tmp_path / "undisturbed")
     keep = tmp_path / "statistics.unfinished"

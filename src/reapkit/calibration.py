@@ -537,7 +537,9 @@ class _Chat:
 
     @property
     def images(self) -> list[Path]:
-        parts = [part for message in self.messages if isinstance(message["content"], list) for part in message["content"]]
+        parts = [
+            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
+        ]
         return [Path(part["image"]) for part in parts if part["type"] == "image"]
 
 
@@ -872,6 +874,7 @@ def _render(row: _Row, chat: _Chat, tokenizer: Tokenizer) -> str:
             f"{row.where} is a chat, but the tokenizer has no chat template",
             hint="give rows with a column text, or a checkpoint with a chat template",
         )
+
     def apply(messages: list[dict[str, Any]]) -> str:
         template = tokenizer.get_chat_template(tools=chat.tools)
         options = {"tools": chat.tools, "tokenize": False, **_dated(template)}
@@ -900,9 +903,7 @@ def _applied(row: _Row, chat: _Chat, apply: Callable[[list[dict[str, Any]]], _It
         raise DataError(f"{row.where}: the chat template fails: {reason}", hint=hint) from error
 
 
-def _see(
-    row: _Row, chat: _Chat, processor: Callable[[], Processor] | None
-) -> tuple[npt.NDArray[np.int32], Images]:
+def _see(row: _Row, chat: _Chat, processor: Callable[[], Processor] | None) -> tuple[npt.NDArray[np.int32], Images]:
     """A chat with images through the model's own processor: token ids, those of images among them, and the images."""
     if processor is None:
         raise DataError(f"{row.where} holds images, and only text is read here", hint="remove the rows with images")

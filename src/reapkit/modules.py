@@ -504,7 +504,7 @@ def _processor_without_videos(path: Path, error: ImportError) -> Any:
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 
     config = AutoConfig.from_pretrained(str(path))
-    family: Any = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    family: Any = PROCESSOR_MAPPING.get(type(config), None)
     if family is None or set(family.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
         raise error
 
