@@ -4,6 +4,7 @@
 # make bench        peak memory of observing 4 and 16 layers; fails if it grows with the depth
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
+# make torture      kill compress 200 times at random moments (make test: 20 times)
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check quantize-check docs bench clean
+.PHONY: demo test lint serve-check quantize-check docs torture bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ docs: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest -n 2 tests/test_families.py --junitxml=out/families.xml
 	$(BIN)/python tests/architectures_page.py out/families.xml
+
+torture: $(INSTALLED)
+	REAPKIT_KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py

@@ -115,7 +115,8 @@ def compress(
 ) -> Compression:
     """Observe, plan, prune and verify.
 
-    The statistics are kept in `out/reapkit/`; the same command, repeated after an interruption, does not observe again.
+    The statistics are kept in `out/reapkit/`; the same command, repeated after an interruption, does not observe again, and repeated
+    after its end only verifies.
 
     Args:
         source: a checkpoint's folder or hub id.
@@ -186,7 +187,10 @@ def prepare(
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
-    manifest = shards.write(checkpoint, layout, other.plan, out, dequantize=dequantize, mtp=mtp, dry_run=True)
+    # Whether a finished output is this command's shows when the plan is made again.
+    manifest = shards.finished(out) or shards.write(
+        checkpoint, layout, other.plan, out, dequantize=dequantize, mtp=mtp, dry_run=True
+    )
     return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
 
 
