@@ -23,7 +23,7 @@ from reapkit.layout import Architecture, find
 NUM_LAYERS = 3
 COMMON: Mapping[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+    "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2,
     "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
@@ -58,6 +58,8 @@ class Family:
         stored_type: `model_type` in config.json, where transformers has another name for the same.
         finish: brings files to the vendor's form where transformers writes another.
         cannot_load: why transformers itself does not load the vendor's form.
+        bias_spread: the largest selection bias; softmax scores are smaller than sigmoids and want less.
+        mtp_blocks: what each block under an MTP prefix of its own holds: experts, or the attention of the decoder.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Family:
     stored_type: str | None = None
     finish: Callable[[Path], None] | None = None
     cannot_load: str | None = None
+    bias_spread: float = 0.15
+    mtp_blocks: tuple[str, ...] = ("moe",)
 
     @property
     def has_mtp(self) -> bool:
@@ -106,24 +110,65 @@ def _without_zero_experts(folder: Path) -> None:
     })  # fmt: skip
 
 
-GROUPS = {"n_routed_experts": 16, "num_experts": 16, "n_group": 4, "topk_group": 2}
+def _with_transposed_experts(folder: Path) -> None:
+    """Qwen3-VL: the vendor stores [E, D, 2I] and [E, I, D]; transformers turns them only where the shape shows that they are so."""
+    rewrite(folder, lambda tensors: {
+        name: tensor.transpose(1, 2) if ".mlp.experts." in name else tensor for name, tensor in tensors.items()
+    })  # fmt: skip
+
+
+def _with_stacked_experts(folder: Path) -> None:
+    """Qwen3.5: the BF16 releases stack the experts of decoder layers; transformers writes them one by one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        result = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+        stems = {name.partition("experts.")[0] + "experts." for name in tensors if ".mlp.experts." in name}
+        for stem in sorted(stems):
+            parts = {
+                part: torch.stack([tensors[f"{stem}{e}.{part}_proj.weight"] for e in range(8)])
+                for part in ("gate", "up", "down")
+            }
+            result[f"{stem}gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), dim=1)
+            result[f"{stem}down_proj"] = parts["down"]
+        return result
+
+    rewrite(folder, change)
+
+
+def _with_dense_mlp(folder: Path) -> None:
+    """Kimi-Linear: the vendor's dense layer is an `mlp`; transformers, writing, calls it a sparse block too."""
+    rewrite(folder, lambda tensors: {
+        name.replace(".0.block_sparse_moe.", ".0.mlp."): tensor for name, tensor in tensors.items()
+    })  # fmt: skip
+
+
+GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
+LING_GROUPS = {"num_experts": 16, "n_group": 4, "topk_group": 2}
 MLA_HEADS = {"num_key_value_heads": 4}
 NEXT_N = {"num_nextn_predict_layers": 1}
 VL = {"vision_config": {}}
+# MTP layers of these are copies of the last one, and attend in full.
+LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LLAMA_4 = {"moe_layers": [0, 2], "num_experts_per_tok": 1, "intermediate_size": 24, "intermediate_size_mlp": 48}
 
 FAMILIES: tuple[Family, ...] = (
-    Family("MiniMax-M2", "minimax_m2", {"intermediate_size": 32, "rotary_dim": 8}),
+    Family("MiniMax-M2", "minimax_m2", {"intermediate_size": 24, "rotary_dim": 8}),
     Family("MiniMax-M3", "minimax_m3_vl", {
         **VL, "projector_hidden_size": 24,
-        "text_config": {"intermediate_size": 32, "shared_intermediate_size": 48, "dense_intermediate_size": 96},
+        "text_config": {"intermediate_size": 24, "shared_intermediate_size": 48, "dense_intermediate_size": 96,
+            "mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
     }, model_class="MiniMaxM3SparseForConditionalGeneration"),
-    Family("MiniMax-M1", "minimax", {"intermediate_size": 32}),
+    Family("MiniMax-M1", "minimax", {"intermediate_size": 24}),
     Family("Qwen2-MoE", "qwen2_moe", {"mlp_only_layers": [1]}),
     Family("Qwen3-MoE", "qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
-    Family("Qwen3-Next", "qwen3_next", {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, mtp="mtp."),
-    Family("Qwen3-VL-MoE", "qwen3_vl_moe", VL, model_class="Qwen3VLMoeForConditionalGeneration"),
-    Family("Qwen3.5-MoE", "qwen3_5_moe", VL, model_class="Qwen3_5MoeForConditionalGeneration", mtp="mtp."),
-    Family("Qwen3.5-MoE text", "qwen3_5_moe_text", mtp="mtp."),
+    Family("Qwen3-Next", "qwen3_next", LINEAR_THEN_FULL, mtp="mtp."),
+    Family("Qwen3-VL-MoE", "qwen3_vl_moe", VL, model_class="Qwen3VLMoeForConditionalGeneration", finish=_with_transposed_experts),
+    Family(
+        "Qwen3.5-MoE", "qwen3_5_moe", {**VL, "text_config": LINEAR_THEN_FULL},
+        model_class="Qwen3_5MoeForConditionalGeneration", mtp="mtp.", finish=_with_stacked_experts,
+    ),
+    Family("Qwen3.5-MoE text", "qwen3_5_moe_text", LINEAR_THEN_FULL, mtp="mtp."),
     Family("GLM-4.5", "glm4_moe", {"n_group": 1, "topk_group": 1, **NEXT_N}, mtp="behind", runs_mtp=True),
     Family("GLM-4.7-Flash", "glm4_moe_lite", {"n_group": 1, "topk_group": 1, **MLA_HEADS, **NEXT_N}, mtp="behind"),
     Family("GLM-4.5V", "glm4v_moe", {**VL, "text_config": {"rope_parameters": {
@@ -134,7 +179,10 @@ FAMILIES: tuple[Family, ...] = (
         "DeepSeek-V2", "deepseek_v2", {**GROUPS, **MLA_HEADS, "topk_method": "group_limited_greedy"},
         num_experts=16, num_groups=4,
     ),
-    Family("DeepSeek-V3", "deepseek_v3", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind", runs_mtp=True),
+    Family(
+        "DeepSeek-V3", "deepseek_v3", {**GROUPS, **MLA_HEADS, **NEXT_N},
+        num_experts=16, num_groups=4, mtp="behind", runs_mtp=True, bias_spread=0.1,
+    ),
     Family("DeepSeek-V3.2", "deepseek_v32", {**GROUPS, **MLA_HEADS, **NEXT_N}, num_experts=16, num_groups=4, mtp="behind"),
     Family(
         "Kimi-K2", "deepseek_v3", {**MLA_HEADS, "n_group": 1, "topk_group": 1}, stored_type="kimi_k2",
@@ -144,55 +192,56 @@ FAMILIES: tuple[Family, ...] = (
         model_class="Kimi_K25ForConditionalGeneration", finish=_with_layers_named_so),
     Family("Kimi-Linear", "kimi_linear", {**MLA_HEADS, "linear_attn_config": {
         "head_dim": 12, "num_heads": 2, "short_conv_kernel_size": 4, "full_attn_layers": [2], "kda_layers": [1, 3],
-    }}),
-    Family("Mixtral", "mixtral", {"intermediate_size": 32}),
-    Family("Llama-4", "llama4", {
-        **VL, "text_config": {"num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 48},
-    }, model_class="Llama4ForConditionalGeneration"),
-    Family("Llama-4 text", "llama4_text", {"num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 48}),
-    Family("ERNIE-4.5", "ernie4_5_moe"),
-    Family("gpt-oss", "gpt_oss", {"intermediate_size": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    Family("OLMoE", "olmoe", {"intermediate_size": 32}),
-    Family("Flex-OLMo", "flex_olmo", {"intermediate_size": 32}),
-    Family("Granite-MoE", "granitemoe", {"intermediate_size": 32}),
-    Family("Granite-MoE Shared", "granitemoeshared", {"intermediate_size": 32, "shared_intermediate_size": 48}),
+    }}, finish=_with_dense_mlp),
+    Family("Mixtral", "mixtral", {"intermediate_size": 24}),
+    Family("Llama-4", "llama4", {**VL, "text_config": LLAMA_4}, model_class="Llama4ForConditionalGeneration"),
+    Family("Llama-4 text", "llama4_text", LLAMA_4),
+    Family("ERNIE-4.5", "ernie4_5_moe", bias_spread=0.03),
+    Family("gpt-oss", "gpt_oss", {"intermediate_size": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    Family("OLMoE", "olmoe", {"intermediate_size": 24}),
+    Family("Flex-OLMo", "flex_olmo", {"intermediate_size": 24}),
+    Family("Granite-MoE", "granitemoe", {"intermediate_size": 24}),
+    Family("Granite-MoE Shared", "granitemoeshared", {"intermediate_size": 24, "shared_intermediate_size": 48}),
     Family("Granite-MoE Hybrid", "granitemoehybrid", {
-        "intermediate_size": 32, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention", "mamba"],
+        "intermediate_size": 24, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention", "mamba"],
         "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 12,
     }),
-    Family("PhiMoE", "phimoe", {"intermediate_size": 32}),
+    Family("PhiMoE", "phimoe", {"intermediate_size": 24}),
     Family("dots1", "dots1", {"n_group": 1, "topk_group": 1}),
-    Family("Hunyuan-A13B", "hunyuan_v1_moe", {"intermediate_size": 32, "moe_topk": [2, 2, 2]}),
+    Family("Hunyuan-A13B", "hunyuan_v1_moe", {"intermediate_size": 24, "moe_topk": [2, 2, 2]}),
     Family("LFM2-MoE", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1}),
     Family("Nemotron-3", "nemotron_h", {
         "layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4, "mamba_num_heads": 4, "mamba_head_dim": 32,
         "ssm_state_size": 12, "n_groups": 2, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 48,
-        "moe_latent_size": None,
-    }, mtp="mtp."),
+        "moe_latent_size": None, **NEXT_N,
+    }, mtp="mtp.", mtp_blocks=("attention", "moe")),
     Family("Step-3.7", "step3p7", {**VL, "text_config": {
         "sliding_window": 16, "mlp_layer_types": ["dense", "sparse", "sparse"], "share_expert_dim": 48,
     }}, model_class="Step3p7ForConditionalGeneration"),
     Family("MiMo-V2-Flash", "mimo_v2_flash", {"n_group": 1, "topk_group": 1}),
-    Family("Ling, Ring", "bailing_hybrid", {**GROUPS, **MLA_HEADS, **NEXT_N, "head_dim": 12}, num_experts=16, num_groups=4, mtp="behind"),
+    Family(
+        "Ling, Ring", "bailing_hybrid", {**LING_GROUPS, **MLA_HEADS, **NEXT_N, **LINEAR_THEN_FULL, "head_dim": 12},
+        num_experts=16, num_groups=4, mtp="behind",
+    ),
     Family("LongCat-Flash", "longcat_flash", {
-        "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 3,
+        "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 24, "zero_expert_num": 3,
         "num_key_value_heads": 4, "head_dim": 4,
-    }, num_zero_experts=3, finish=_without_zero_experts,
+    }, num_zero_experts=3, bias_spread=0.03, finish=_without_zero_experts,
         cannot_load="transformers allocates projections for zero experts, which the vendor's checkpoint does not hold"),
-    Family("AFMoE", "afmoe", {"num_dense_layers": 1, "n_group": 1, "topk_group": 1}),
+    Family("AFMoE", "afmoe", {**SLIDING_AND_FULL, "num_dense_layers": 1, "n_group": 1, "topk_group": 1}),
     Family("Jamba", "jamba", {
         "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "mamba_dt_rank": 6, "mamba_d_state": 12,
-        "intermediate_size": 32,
+        "intermediate_size": 24,
     }),
     Family("DBRX", "dbrx", {
         "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
-    }, expert_rows=32),
+        "ffn_config": {"ffn_hidden_size": 24, "hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+    }, expert_rows=24),
     Family("Gemma-4", "gemma4", {**VL, "text_config": {
         "enable_moe_block": True, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 0, "global_head_dim": 16,
     }}, model_class="Gemma4ForConditionalGeneration"),
-    Family("EXAONE-MoE", "exaone_moe", {"n_group": 1, "topk_group": 1}),
+    Family("EXAONE-MoE", "exaone_moe", {**SLIDING_AND_FULL, "n_group": 1, "topk_group": 1}),
     Family("Solar-Open", "solar_open", {"n_group": 1, "topk_group": 1}),
 )  # fmt: skip
 
@@ -207,7 +256,7 @@ def make(family: Family, folder: Path, *, mtp: bool = False) -> Any:
         else transformers.AutoModelForCausalLM.from_config
     )
     model = cls(config, experts_implementation="eager").float().eval().requires_grad_(False)
-    _randomise(model)
+    _randomise(model, bias_spread=family.bias_spread)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if family.stored_type is not None:
@@ -226,7 +275,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
     for file in folder.glob("*.safetensors"):
         file.unlink()
     names = list(tensors)
-    parts = [names[start : start + 17] for start in range(0, len(names), 17)]
+    parts = [names[start : start + 7] for start in range(0, len(names), 7)]
     weight_map = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -255,42 +304,65 @@ def _known(cls: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key in cls.__dataclass_fields__}
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def _randomise(model: torch.nn.Module, *, bias_spread: float) -> None:
     """Weights large enough that every expert matters to the logits, norms that are not all ones, selection biases as wide as scores."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
         for name, buffer in (*model.named_buffers(), *model.named_parameters()):
             if re.search(r"(correction_bias|expert_bias|router_bias)$", name):
-                buffer.copy_(torch.randn(buffer.shape) * 0.2)
+                # Evenly spaced, so that none is so low that its expert is never chosen; about as wide as the scores' own spread.
+                order = torch.randperm(buffer.shape[-1])
+                buffer.copy_(torch.linspace(-bias_spread, bias_spread, buffer.shape[-1])[order].reshape(buffer.shape))
 
 
 def _add_mtp(family: Family, folder: Path) -> None:
     """An MTP layer as releases ship it: a copy of the last MoE layer with other values, and what joins it to the model."""
     tensors = tiny.load_tensors(folder)
-    last = max(layer for name in tensors if "experts" in name and (layer := family.layer_of(name)) is not None)
-    count = max(layer for name in tensors if (layer := family.layer_of(name)) is not None) + 1
+    layers = {layer for name in tensors if (layer := family.layer_of(name)) is not None}
+    count = max(layers) + 1
     own = family.mtp != "behind"
+    sources = [
+        _last_layer(family, tensors, r"experts" if block == "moe" else r"[qk]_proj") for block in family.mtp_blocks
+    ]
 
     def change(before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         added = {}
-        for name, tensor in before.items():
-            if family.layer_of(name) == last:
-                end = name[name.index(f"layers.{last}.") + len(f"layers.{last}.") :]
-                place = f"mtp.layers.0.{end}" if own else f"model.layers.{count}.{end}"
-                for part, value in _per_expert(place, tensor) if own else [(place, tensor)]:
-                    added[part] = torch.randn_like(value) * value.std()
-        prefix = "mtp." if own else f"model.layers.{count}."
-        joins = ("pre_fc_norm_embedding", "pre_fc_norm_hidden") if own else ("enorm", "hnorm")
-        added |= {f"{prefix}{join}.weight": torch.randn(64) for join in joins}
-        added[f"{prefix}{'fc' if own else 'eh_proj'}.weight"] = torch.randn(64, 128) / 8
-        added[f"{prefix}{'norm' if own else 'shared_head.norm'}.weight"] = torch.ones(64)
-        return before | added
+        for number, source in enumerate(sources):
+            for name, tensor in before.items():
+                if family.layer_of(name) == source:
+                    end = name[name.index(f"layers.{source}.") + len(f"layers.{source}.") :]
+                    place = f"mtp.layers.{number}.{end}" if own else f"model.layers.{count}.{end}"
+                    for part, value in _per_expert(place, tensor) if own else [(place, tensor)]:
+                        added[part] = torch.randn_like(value) * value.std()
+        return before | added | _mtp_joins(family, count)
 
     rewrite(folder, change)
+
+
+def _last_layer(family: Family, tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
+    return max(layer for name in tensors if re.search(pattern, name) and (layer := family.layer_of(name)) is not None)
+
+
+def _mtp_joins(family: Family, count: int) -> dict[str, torch.Tensor]:
+    """What joins an MTP layer to the model; blocks that part attention from experts (Nemotron) name it like layers behind the last."""
+    if family.mtp == "behind" or len(family.mtp_blocks) > 1:
+        first, last = (f"model.layers.{count}.",) * 2 if family.mtp == "behind" else (
+            f"{family.mtp}layers.0.", f"{family.mtp}layers.{len(family.mtp_blocks) - 1}.",
+        )  # fmt: skip
+        names = (f"{first}enorm", f"{first}hnorm", f"{first}eh_proj")
+        end = f"{last}{'shared_head.norm' if family.mtp == 'behind' else 'final_layernorm'}"
+    else:
+        prefix = family.mtp
+        names = (f"{prefix}pre_fc_norm_embedding", f"{prefix}pre_fc_norm_hidden", f"{prefix}fc")
+        end = f"{prefix}norm"
+    joins = {f"{name}.weight": torch.randn(64) for name in names[:2]}
+    return joins | {f"{names[2]}.weight": torch.randn(64, 128) / 8, f"{end}.weight": torch.ones(64)}
 
 
 def _per_expert(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
