@@ -27,7 +27,8 @@ def main() -> None:
     args = parser.parse_args()
 
     manifest = json.loads((args.pruned / "reapkit.json").read_text())
-    routers = sorted(name.removesuffix(".weight") for name in manifest["routers"])
+    # Selection biases are listed too; quantisers know modules only.
+    routers = sorted(name.removesuffix(".weight") for name in manifest["routers"] if name.endswith(".weight"))
     tokenizer = AutoTokenizer.from_pretrained(args.pruned)
     model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=torch.bfloat16)
     ids = torch.tensor([tokenizer("def add(a, b):")["input_ids"]])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from families import FAMILIES
-from reapkit.architectures import ARCHITECTURES
+from reapkit.architectures import ARCHITECTURES, described
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 HEAD = """# Architectures
@@ -70,7 +70,7 @@ def render(by_family: Mapping[str, Results], by_check: Mapping[str, int]) -> str
     text = HEAD.format(passed=passed, total=total, skipped=f", {skipped} cannot be made" if skipped else "")
     notes: dict[str, list[str]] = defaultdict(list)
     for entry in ARCHITECTURES:
-        row = entry.to_json()
+        row = described(entry)
         mine = [by_family[family.name] for family in FAMILIES if family.architecture is entry]
         counts = f"{sum(result.passed for result in mine)} of {sum(result.total for result in mine)}" if mine else "-"
         types = ", ".join(f"`{name}`" for name in entry.model_types)

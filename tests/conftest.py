@@ -53,7 +53,7 @@ def open_with_plan(folder: Path, keep: int, seed: int = 5) -> tuple[Checkpoint, 
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     source = PlannedSource(
-        checkpoint.origin, None, checkpoint.layout_fingerprint, checkpoint.fingerprint(layout.router_names)
+        checkpoint.origin, None, checkpoint.layout_fingerprint, checkpoint.fingerprint(layout.fingerprinted_names)
     )
     kept = plans.select(scores, keep=keep)
     return checkpoint, layout, PruningPlan(source, "random", layout.num_experts, layout.top_k, kept, seed=seed)

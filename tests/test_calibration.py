@@ -416,6 +416,7 @@ def test_long_samples_become_windows_and_no_token_is_lost(tmp_path: Path, tokeni
         "split_samples": 2,
         "windows": 7,
         "tokens": 88,
+        "images": 0,
     }
 
 
@@ -745,8 +746,8 @@ CALL = 'write {"name": ..., "arguments": {...}}'
             None,
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-            ": message 1 of messages holds a part that is no text (image)",
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            ": message 1 of messages holds a part that is no text (input_audio)",
             None,
         ),
         (

@@ -87,7 +87,14 @@ def test_compress_does_not_observe_again_what_an_interrupted_run_observed(
         result = run(*arguments)
     assert result.exit_code == 0, result.stderr
     other = run("compress", model, "--data", f"{text}:20", "--ratio", "0.25", "-o", tmp_path / "out")
-    assert other.exit_code == 1 and "not empty" in other.stderr
+    assert other.exit_code == 1 and "was observed on another model, text or settings" in other.stderr
+    smaller = run("compress", model, "--data", text, "--ratio", "0.5", "-o", tmp_path / "out")
+    assert smaller.exit_code == 1 and "not empty" in smaller.stderr
+    (tmp_path / "out/reapkit/statistics.safetensors").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("reapkit.observation.Observation.run", lambda *_, **__: pytest.fail("observed for nothing"))
+        unknown = run(*arguments)
+    assert unknown.exit_code == 1 and "not empty" in unknown.stderr
 
 
 def test_compress_refuses_an_impossible_target_before_it_observes(

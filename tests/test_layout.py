@@ -239,3 +239,23 @@ def test_every_architecture_has_a_name_and_model_types_of_its_own() -> None:
     assert len(types) == len(set(types))
     for entry in ARCHITECTURES:
         assert entry.refusal or any(slot.role == "router" for slot in entry.slots), entry.name
+
+
+def test_a_forgotten_slot_in_an_mtp_block_is_loud_too(qwen3: Path) -> None:
+    checkpoint = Checkpoint.open(qwen3)
+    tensors = {
+        (new := name.replace("model.layers.2.", "mtp.layers.0.")): replace(info, name=new)
+        for name, info in checkpoint.tensors.items()
+    }
+    config = checkpoint.config | {"model_type": "qwen3_next", "num_hidden_layers": 2}
+    renamed = replace(checkpoint, tensors=tensors, config=config)
+    resolve(renamed, ARCHITECTURES)
+    odd = plus(renamed, "mtp.layers.0.mlp.gate.e_score_correction_bias", (tiny.NUM_EXPERTS,))
+    refuse(odd, UnsupportedError, "has a dimension equal to the 8 experts")
+
+
+@pytest.mark.parametrize("count", [0, 1, None])
+def test_a_dense_member_of_a_family_is_told_that_it_has_no_experts(tmp_path: Path, count: int | None) -> None:
+    described = {"model_type": "granitemoehybrid", "num_local_experts": count, "num_hidden_layers": 1}
+    dense = headers(tmp_path, {"model.layers.0.shared_mlp.input_linear.weight": (8, 4)}, **described)
+    refuse(dense, UnsupportedError, "this is a dense Granite-MoE")

@@ -206,6 +206,43 @@ def test_a_saved_plan_remembers_what_was_not_measured(tmp_path: Path) -> None:
         plan(kept={3: (0, 1, 7), 4: (0, 1, 6)}, unmeasured={4: 3})
 
 
+def test_a_plan_with_mtp_layers_prunes_a_sibling_that_has_none(plan_for: PlanFor, m2: Path) -> None:
+    _, layout, fitting = plan_for(m2, 4)
+    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
+    with_mtp = fitting.with_mtp([3])
+    for policy in (None, "drop"):
+        alone = with_mtp.for_layout(layout, policy)
+        assert alone.kept == fitting.kept and alone.unmeasured == {}
+        alone.require_fits(layout, **prints)
+    with pytest.raises(UsageError, match="the checkpoint has no MTP layers with experts"):
+        with_mtp.for_layout(layout, "same-as-last")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_kept": None, "remove": "num_kept"},
+        {"drop_mtp": "false"},
+        {"drop_mtp": 1},
+        {"unmeasured": [3]},
+        {"unmeasured": {"0": 3, "3": 0}, "kept": {"0": [1, 2, 5], "3": [1, 2, 5]}},
+    ],
+)
+def test_a_plan_that_says_nonsense_of_mtp_layers_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    described = {**plan().to_json(), **change}
+    if removed := described.pop("remove", None):
+        del described[removed]
+    tiny.write_json(tmp_path / "plan.json", described)
+    with pytest.raises(PlanError):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+def test_mtp_layers_cannot_follow_a_plan_without_layers_of_its_own() -> None:
+    only = plan(kept={4: (1, 2, 5)})
+    with pytest.raises(PlanError, match="no layer of its own choice"):
+        only.with_mtp([4], "same-as-last")
+
+
 # ---- router groups
 
 

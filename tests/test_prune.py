@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 import tiny
-from conftest import PlanFor
+from conftest import PlanFor, open_with_plan
 from reapkit import edits, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
@@ -28,6 +29,7 @@ from reapkit.plans import PruningPlan
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo
 from reapkit.verification import verify
+from streaming import with_tensors
 
 KEEP = 5
 
@@ -329,6 +331,10 @@ def test_dequantising_without_a_scale_names_the_weight(plan_for: PlanFor, m2_fp8
 SIX = dict.fromkeys(range(3), tuple(range(6)))
 
 
+def with_config(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    return replace(Checkpoint.open(folder), config=config)
+
+
 def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_looks_like_it(m2: Path) -> None:
     layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
     config = {
@@ -336,16 +342,16 @@ def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_l
         "num_experts": 8,
         "num_experts_per_tok": 8,
         "text_config": {"num_local_experts": 8, "hidden": 8, "blocks": [{"num_experts": 8}, 8]},
-        "vision_config": {"num_experts": 4},
+        "vision_config": {"num_experts": 8},
         "flag": True,
         "eps": 1e-6,
     }
-    assert edits.edit_config(config, layout, SIX) == {
+    assert edits.edit_config(with_config(m2, config), layout, SIX) == {
         "num_local_experts": 6,
         "num_experts": 6,
         "num_experts_per_tok": 8,
         "text_config": {"num_local_experts": 6, "hidden": 8, "blocks": [{"num_experts": 6}, 8]},
-        "vision_config": {"num_experts": 4},
+        "vision_config": {"num_experts": 8},
         "flag": True,
         "eps": 1e-6,
     }
@@ -354,14 +360,14 @@ def test_every_alias_of_the_count_changes_at_every_depth_and_nothing_that_only_l
 def test_dequantising_removes_quantisation_at_every_depth_and_sets_the_dtype_key_that_is_there(m2: Path) -> None:
     layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
     config = {"torch_dtype": "float8", "quantization_config": {}, "text_config": {"quantization_config": {}, "a": 1}}
-    assert edits.edit_config(config, layout, SIX, dequantize=True) == {
+    assert edits.edit_config(with_config(m2, config), layout, SIX, dequantize=True) == {
         "torch_dtype": "bfloat16",
         "text_config": {"a": 1},
     }
-    assert edits.edit_config({"a": 1}, layout, SIX, dequantize=True) == {"a": 1}
+    assert edits.edit_config(with_config(m2, {"a": 1}), layout, SIX, dequantize=True) == {"a": 1}
     config = {"text_config": {"dtype": "float8"}, "vision_config": {"dtype": "float16"}}
     expected = {"text_config": {"dtype": "bfloat16"}, "vision_config": {"dtype": "float16"}}
-    assert edits.edit_config(config, layout, SIX, dequantize=True) == expected
+    assert edits.edit_config(with_config(m2, config), layout, SIX, dequantize=True) == expected
 
 
 def test_the_config_keeps_its_own_formatting(m2: Path, tmp_path: Path, plan_for: PlanFor) -> None:
@@ -397,17 +403,20 @@ def test_lists_of_modules_follow_their_experts(m2: Path) -> None:
             block.format(0, 5) + ".w2",
             "language_model." + block.format(2, 7) + ".w1",
             "re:.*layers\\.2\\..*experts\\.(2|1)\\.w3",
+            "re:.*layers\\.1\\.(self_attn\\.[qk]|.*experts\\.0\\.w1)",
+            "vision.layers.7.experts.3.w1",
         ],
         "config_groups": {"group_0": {"targets": ["Linear", block.format(1, 5) + ".w1"], "weights": {"num_bits": 4}}},
         "dynamic": {"-:.*experts\\.3\\.w1$": {}, "+:.*": {"bits": 8}, "-:.*lm_head": {}},
         "exclude_modules": ["*experts.7*", "model.layers.0*"],
+        "modules_to_not_convert": ["experts.6.w2", "*.1.*experts.[23].w3"],
     }
     config = {
         "num_local_experts": 8,
         "quantization_config": quantization,
         "text_config": {"quantization_config": quantization},
     }
-    edited = edits.edit_config(config, layout, kept)
+    edited = edits.edit_config(with_config(m2, config), layout, kept)
     assert edited["text_config"]["quantization_config"] == edited["quantization_config"]
     assert edited["quantization_config"] == {
         "quant_method": "compressed-tensors",
@@ -418,6 +427,9 @@ def test_lists_of_modules_follow_their_experts(m2: Path) -> None:
             block.format(0, 3) + ".w2",
             "language_model." + block.format(2, 5) + ".w1",
             block.format(2, 0) + ".w3",
+            *(f"model.layers.1.self_attn.{part}" for part in ("k_norm", "k_proj", "q_norm", "q_proj")),
+            block.format(1, 0) + ".w1",
+            "vision.layers.7.experts.3.w1",
         ],
         "config_groups": {"group_0": {"targets": ["Linear", block.format(1, 5) + ".w1"], "weights": {"num_bits": 4}}},
         "dynamic": {
@@ -432,13 +444,19 @@ def test_lists_of_modules_follow_their_experts(m2: Path) -> None:
             *(block.format(2, 5) + part for part in (".w1", ".w2", ".w3")),
             "model.layers.0*",
         ],
+        "modules_to_not_convert": [
+            block.format(0, 4) + ".w2",
+            block.format(2, 4) + ".w2",
+            block.format(1, 2) + ".w3",
+            block.format(1, 3) + ".w3",
+        ],
     }
 
 
 def test_a_pattern_that_is_none_is_named(m2: Path) -> None:
     layout = resolve(Checkpoint.open(m2), ARCHITECTURES)
     with pytest.raises(CheckpointError, match=r"the quantisation's pattern 're:\(' is not a regular expression"):
-        edits.edit_config({"quantization_config": {"ignore": ["re:("]}}, layout, SIX)
+        edits.edit_config(with_config(m2, {"quantization_config": {"ignore": ["re:("]}}), layout, SIX)
 
 
 def test_the_quantisers_own_file_follows_too_and_verify_holds_it_to_that(
@@ -484,6 +502,46 @@ def test_a_kept_expert_without_its_scale_stops_the_run_unless_it_is_allowed(
     assert "--allow-missing-scales" in str(caught.value.hint)
     shards.write(*plan_for(source, KEEP), tmp_path / "out", allow_missing_scales=True)
     assert scale.format(2) not in tiny.load_tensors(tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_quantised_router_is_refused_unless_it_is_dequantised(
+    m2_fp8: Path, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(3):
+            name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+            tensors[name], tensors[name + "_scale_inv"] = tiny.quantize(tensors[name])
+
+    folder = with_tensors(m2_fp8, tmp_path / "m2", change)
+    with pytest.raises(UnsupportedError, match=r"the router .* is stored as F8_E4M3") as caught:
+        shards.write(*plan_for(folder, KEEP), tmp_path / "out")
+    assert "--dequantize" in str(caught.value.hint)
+    shards.write(*plan_for(folder, KEEP), tmp_path / "out", dequantize=True)
+    assert verify(tmp_path / "out").ok
+
+
+def test_mtp_layers_that_nothing_counts_cannot_be_dropped(plan_for: PlanFor, m2: Path, tmp_path: Path) -> None:
+    folder = with_tensors(m2, tmp_path / "m2", lambda tensors: None, num_hidden_layers=2)
+    with pytest.raises(UnsupportedError, match=r"which key of config\.json counts the MTP layers of MiniMax-M2"):
+        shards.write(*plan_for(folder, KEEP), tmp_path / "out", mtp="drop")
+    manifest = shards.write(*plan_for(folder, KEEP), tmp_path / "out")
+    assert manifest.unmeasured == {2: 1} and len(manifest.routers) == 6
+
+
+def test_an_expert_that_is_stored_in_another_format_lacks_nothing(
+    m2_fp8: Path, plan_for: PlanFor, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("w1", "w2", "w3"):
+            name = f"model.layers.1.block_sparse_moe.experts.3.{part}.weight"
+            tensors[name] = tensors[name].to(torch.bfloat16)
+            del tensors[name + "_scale_inv"]
+
+    folder = with_tensors(m2_fp8, tmp_path / "m2", change)
+    everything = plan_for(folder, tiny.NUM_EXPERTS)
+    assert [layer.incomplete for layer in everything[1].layers] == [{}, {}, {}]
+    shards.write(*everything, tmp_path / "out")
     assert verify(tmp_path / "out").ok
 
 
@@ -676,7 +734,12 @@ def test_a_folder_that_is_not_empty_is_refused(plan_for: PlanFor, m2: Path, tmp_
 
 
 def test_a_finished_output_is_not_overwritten(plan_for: PlanFor, m2: Path, pruned: dict[str, Path]) -> None:
-    refuse(plan_for, m2, pruned["m2"], "is not empty: it holds LICENSE and 25 more")
+    before = contents(pruned["m2"])
+    shards.write(*plan_for(m2, KEEP), pruned["m2"])  # the same command again
+    checkpoint, layout, other = open_with_plan(m2, KEEP, seed=6)
+    with pytest.raises(OutputError, match="is not empty: it holds LICENSE and 25 more"):
+        shards.write(checkpoint, layout, other, pruned["m2"])
+    assert contents(pruned["m2"]) == before
 
 
 def test_reapkits_own_folder_may_be_there_already(
@@ -759,7 +822,6 @@ def test_a_dry_run_describes_and_writes_nothing(
     manifest = shards.write(*plan_for(m2, KEEP), tmp_path / "out", dry_run=True)
     assert manifest == Manifest.load(pruned["m2"])
     assert not (tmp_path / "out").exists()
-    refuse(plan_for, m2, pruned["m2"], "is not empty", dry_run=True)
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_is_written(

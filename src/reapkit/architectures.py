@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from reapkit.layout import Architecture, Slot
 
@@ -25,7 +26,7 @@ _NEXT_N = ("num_nextn_predict_layers",)
 
 _SIGMOID = "sigmoid + selection bias"
 _SIGMOID_GROUPS = "sigmoid + selection bias, groups"
-_IMAGES = "text alone does not measure experts that images use: calibrate with text like that around your images, and check images after"
+_IMAGES = "text alone does not measure experts that images use: give rows with images, and check images after"
 
 _DEEPSEEK_V3 = Architecture(
     name="DeepSeek-V3, R1, V3.1",
@@ -275,11 +276,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=("backbone.layers.{layer}.mixer.",),
         num_layers_keys=("num_hidden_layers", "layers_block_type", "hybrid_override_pattern"),
         mtp_blocks=("mtp.layers.{layer}.mixer.",),
+        unpruned=(*_SHARED_EXPERTS, "fc1_latent_proj.{rest}", "fc2_latent_proj.{rest}"),
     ),
     Architecture(
         name="Step-3.5, 3.7",
         model_types=("step3p5", "step3p7"),
         not_in_transformers=("step3p5",),
+        mtp_keys=_NEXT_N,
         blocks=("model.layers.{layer}.moe.", "model.language_model.layers.{layer}.moe."),
         slots=(
             _EXPERTS,
@@ -390,3 +393,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         mtp_keys=(),
     ),
 )
+
+
+def described(entry: Architecture) -> dict[str, Any]:
+    """What works, for people: a row of `reapkit list architectures`."""
+    works = "no" if entry.refusal else "yes"
+    run = [name for name in entry.model_types if name not in entry.not_in_transformers]
+    return {
+        "family": entry.name,
+        "model_type": list(entry.model_types),
+        "routing": entry.scoring,
+        "observe": works if len(run) == len(entry.model_types) else f"{', '.join(run)} only",
+        "prune": works,
+        "merge": "no",
+        "formats": "no" if entry.refusal else "all",
+        "mtp": "kept or dropped" if entry.mtp_keys else "-",
+        "note": entry.refusal or entry.caution or "",
+    }

@@ -880,7 +880,8 @@ def _render(row: _Row, chat: _Chat, tokenizer: Tokenizer) -> str:
         options = {"tools": chat.tools, "tokenize": False, **_dated(template)}
         return str(tokenizer.apply_chat_template(messages, **options))
 
-    return _applied(row, chat, apply, hint="change or remove the row, or give its rendered text in a column text")
+    hint = "change or remove the row, or give its rendered text in a column text"
+    return _applied(row, chat, apply, failure="the chat template fails", hint=hint)
 
 
 def _dated(template: Any) -> dict[str, Any]:
@@ -888,8 +889,10 @@ def _dated(template: Any) -> dict[str, Any]:
     return {"chat_template": _FIXED_DATE + template} if isinstance(template, str) and "strftime_now" in template else {}
 
 
-def _applied(row: _Row, chat: _Chat, apply: Callable[[list[dict[str, Any]]], _Item], *, hint: str) -> _Item:
-    """What a template makes of a chat's messages."""
+def _applied(
+    row: _Row, chat: _Chat, apply: Callable[[list[dict[str, Any]]], _Item], *, failure: str, hint: str
+) -> _Item:
+    """What a template makes of a chat's messages; DataError, with the row and the reason, where it fails."""
     try:
         try:
             return apply(chat.messages)
@@ -900,7 +903,7 @@ def _applied(row: _Row, chat: _Chat, apply: Callable[[list[dict[str, Any]]], _It
             return apply(_with_text_arguments(chat.messages))
     except Exception as error:  # a template is a program from the checkpoint and may fail in any way
         reason = str(error).strip() or type(error).__name__
-        raise DataError(f"{row.where}: the chat template fails: {reason}", hint=hint) from error
+        raise DataError(f"{row.where}: {failure}: {reason}", hint=hint) from error
 
 
 def _see(row: _Row, chat: _Chat, processor: Callable[[], Processor] | None) -> tuple[npt.NDArray[np.int32], Images]:
@@ -941,12 +944,13 @@ def _processed(row: _Row, chat: _Chat, processor: Processor) -> dict[str, npt.ND
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"add_special_tokens": False},
+            processor_kwargs={"add_special_tokens": False, "verbose": False},
             **_dated(processor.chat_template),
         )
         return {name: np.asarray(value) for name, value in features.items() if name != "attention_mask"}
 
-    return _applied(row, chat, apply, hint="change or remove the row, and see whether its images can be opened")
+    hint = "change or remove the row, and see whether its images can be opened"
+    return _applied(row, chat, apply, failure="the processor fails", hint=hint)
 
 
 def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from reapkit.fidelity import Figure
     from reapkit.layout import Architecture
     from reapkit.observation import Estimate, Run
-    from reapkit.plans import Choice
+    from reapkit.plans import Choice, PruningPlan
     from reapkit.progress import Progress
     from reapkit.shards import Manifest
     from reapkit.verification import Verification
@@ -81,6 +81,9 @@ Mtp = Annotated[
     str | None,
     typer.Option("--mtp", metavar="POLICY", help="MTP layers with experts: same-as-last (the default), same-as-layer-N or drop"),
 ]  # fmt: skip
+AllowMissingScales = Annotated[
+    bool, typer.Option("--allow-missing-scales", help="go on where a kept expert lacks a scale that others have")
+]
 BaseModel = Annotated[str | None, typer.Option(metavar="ID", help="hub id to record as the parent")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
@@ -265,6 +268,7 @@ def plan(
         _print_json(_described_choice(choice, None if dry_run else output))
     elif not quiet:
         _print_choice(choice)
+        _note_unmeasured(choice.plan)
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
 
 
@@ -278,9 +282,7 @@ def prune(
     dequantize: Dequantize = False,
     base_model: BaseModel = None,
     mtp: Mtp = None,
-    allow_missing_scales: Annotated[
-        bool, typer.Option("--allow-missing-scales", help="go on where a kept expert lacks a scale that others have")
-    ] = False,
+    allow_missing_scales: AllowMissingScales = False,
     revision: Revision = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -308,7 +310,7 @@ def prune(
     elif not quiet:
         verb = "would write" if dry_run else "wrote"
         _note(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}")
-        _note_unmeasured(manifest)
+        _note_output(manifest)
 
 
 @_verb
@@ -354,6 +356,7 @@ def compress(
     dequantize: Dequantize = False,
     base_model: BaseModel = None,
     mtp: Mtp = None,
+    allow_missing_scales: AllowMissingScales = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -366,16 +369,15 @@ def compress(
     run = _run(device, dtype, activation_budget, trust_remote_code)
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
+    fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
-        observation, manifest = compression.prepare(source, output, target, **text, dequantize=dequantize, mtp=mtp)
+        observation, manifest = compression.prepare(source, output, target, **text, **fixed)
         sources = [source.to_json() for source in observation.data.sources]
         _note_calibration(observation.layout.architecture, sources, quiet=quiet)
         _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
         return
     with _progress(quiet) as progress:
-        result = compression.compress(
-            source, output, target, **text, dequantize=dequantize, base_model=base_model, mtp=mtp, progress=progress
-        )
+        result = compression.compress(source, output, target, **text, **fixed, base_model=base_model, progress=progress)
     if as_json:
         _print_json(
             {
@@ -390,7 +392,7 @@ def compress(
         _note_calibration(result.architecture, observed, quiet=quiet)
         _print_choice(result.choice)
         _note(f"wrote {_escape(str(output))}: {_shrinking(result.manifest)}")
-        _note_unmeasured(result.manifest)
+        _note_output(result.manifest)
         _print_verification(result.verification)
     if not result.verification.ok:
         raise typer.Exit(EXIT_ANSWERED_NO)
@@ -467,7 +469,7 @@ def list_(
 
 
 def _listings() -> dict[str, list[dict[str, Any]]]:
-    from reapkit.architectures import ARCHITECTURES
+    from reapkit.architectures import ARCHITECTURES, described
     from reapkit.criteria import CRITERIA, RANDOM
 
     criteria = [
@@ -476,7 +478,7 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
     criteria.append(
         {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
     )
-    architectures = [entry.to_json() for entry in ARCHITECTURES]
+    architectures = [described(entry) for entry in ARCHITECTURES]
     return {"architectures": architectures, "criteria": criteria}
 
 
@@ -576,12 +578,17 @@ def _note_calibration(architecture: Architecture, sources: Sequence[Mapping[str,
         _note(f"[bold]note:[/] {architecture.name}: {architecture.caution}")
 
 
-def _note_unmeasured(manifest: Manifest) -> None:
-    """What a person should know of experts that no calibration text went through, and of a plan made elsewhere."""
-    for layer, like in manifest.unmeasured.items():
+def _note_unmeasured(chosen: Manifest | PruningPlan) -> None:
+    """What a person should know of experts that no calibration text went through."""
+    for layer, like in chosen.unmeasured.items():
         _note(f"MTP layer {layer} was not measured: it keeps the experts of layer {like}")
-    if manifest.drop_mtp:
+    if chosen.drop_mtp:
         _note("the MTP layers were removed")
+
+
+def _note_output(manifest: Manifest) -> None:
+    """The same of an output, and whether its plan was made elsewhere."""
+    _note_unmeasured(manifest)
     if manifest.observed_layout != manifest.source.layout:
         _note("the plan was made from a sibling with other tensors and the same routers")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reapkit import layout as layouts
@@ -111,6 +111,7 @@ def compress(
     dequantize: bool = False,
     base_model: str | None = None,
     mtp: str | None = None,
+    allow_missing_scales: bool = False,
     progress: Progress = silent,
 ) -> Compression:
     """Observe, plan, prune and verify.
@@ -123,7 +124,7 @@ def compress(
         out: a new folder.
         target: how much to remove, by which criterion.
         data, run, max_length, seed, revision: as in `observe`.
-        dequantize, base_model, mtp: as in `prune`.
+        dequantize, base_model, mtp, allow_missing_scales: as in `prune`.
         progress: told how far it is.
     """
     out = Path(out)
@@ -138,6 +139,7 @@ def compress(
         revision=revision,
         dequantize=dequantize,
         mtp=mtp,
+        allow_missing_scales=allow_missing_scales,
     )
     path = out / OWN_FOLDER / STATISTICS_NAME
     statistics = observed_before(path, observation)
@@ -154,8 +156,10 @@ def compress(
         dequantize=dequantize,
         base_model=base_model,
         mtp=mtp,
+        allow_missing_scales=allow_missing_scales,
         progress=progress,
     )
+    choice = replace(choice, plan=choice.plan.for_layout(observation.layout, mtp))
     return Compression(
         observation.layout.architecture,
         path,
@@ -177,6 +181,7 @@ def prepare(
     revision: str | None,
     dequantize: bool,
     mtp: str | None,
+    allow_missing_scales: bool,
 ) -> tuple[Observation, Manifest]:
     """Whatever can fail before hours of observing are spent: target, output folder, format, space, data.
 
@@ -186,11 +191,25 @@ def prepare(
     checkpoint = Checkpoint.open(source, revision=revision)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
+    if not allow_missing_scales:  # which experts stay is not known yet
+        shards.require_scales(
+            layout, dict.fromkeys((layer.index for layer in layout.layers), range(layout.num_experts))
+        )
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
-    # Whether a finished output is this command's shows when the plan is made again.
-    manifest = shards.finished(out) or shards.write(
-        checkpoint, layout, other.plan, out, dequantize=dequantize, mtp=mtp, dry_run=True
-    )
+    done = shards.finished(out)
+    if done is not None and (out / OWN_FOLDER / STATISTICS_NAME).exists():
+        manifest = done  # whether it is this command's shows when the plan is made again from these statistics
+    else:
+        manifest = shards.write(
+            checkpoint,
+            layout,
+            other.plan,
+            out,
+            dequantize=dequantize,
+            mtp=mtp,
+            allow_missing_scales=True,
+            dry_run=True,
+        )
     return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
 
 

@@ -22,15 +22,18 @@ from reapkit.checkpoint import CONFIG_NAME, Checkpoint
 from reapkit.errors import CheckpointError, UnsupportedError, UsageError
 from reapkit.layout import MoELayout, StackedTensor
 from reapkit.plans import PruningPlan
-from reapkit.quantization import Format, read_format
+from reapkit.quantization import PLAIN_DTYPES, Format, read_format
 from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
 
 if TYPE_CHECKING:
     import torch
 
+# Tables of config.json that do not describe the language model.
+_OTHER_TABLE = re.compile(r"vision|audio|image|video|speech|quantization_config")
 # Files beside config.json in which quantisers describe what they did.
 _QUANTIZATION_SIDECARS = frozenset({"hf_quant_config.json", "quant_config.json", "quantize_config.json"})
-# A module's name that says one expert's number, whatever stands before the layer's.
+# A module's name that says one expert's number, whatever stands before the layer's; and one that says the number alone.
+_BARE_EXPERT = re.compile(r"\bexperts\.\d+(?=\.|$)")
 _NAMED_EXPERT = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)(?=\.|$)")
 
 
@@ -75,10 +78,12 @@ class Dequantize:
     Attributes:
         weight: the quantised tensor, or the part of it that stays.
         companions: the tensors that its values need besides its own bytes.
+        format: how they are stored.
     """
 
     weight: Copy | Take
     companions: tuple[TensorInfo, ...]
+    format: Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,6 @@ def outputs(
         if (form is not None and form.is_companion(name)) or (plan.drop_mtp and layout.is_mtp(name)):
             continue
         source: Copy | Take = Copy(info)
-        stacked = None
         companions = form.companions(info, checkpoint.tensors) if form is not None else ()
         shape = info.shape
         if form is not None and companions:
@@ -132,11 +136,16 @@ def outputs(
             name = layout.renamed(name, rank[layer][expert])
         elif info.name in layout.stacked_of and plan.num_kept < layout.num_experts:
             layer, stacked = layout.stacked_of[info.name]
+            if stacked.role != "expert" and info.dtype not in {*PLAIN_DTYPES, "F64"} and not companions:
+                raise UnsupportedError(
+                    f"the router {info.name!r} is stored as {info.dtype}, and its scales cannot be told apart by expert",
+                    hint="--dequantize writes it, and everything else, in bf16",
+                )
             source = _take(stacked, plan.kept[layer])
             shape = stacked.cut(shape, plan.num_kept)
         output = (
-            OutputTensor(name, "BF16", shape, Dequantize(source, companions))
-            if companions
+            OutputTensor(name, "BF16", shape, Dequantize(source, companions, form))
+            if form is not None and companions
             else OutputTensor(name, info.dtype, shape, source)
         )
         by_source.setdefault(info.file, []).append(output)
@@ -186,7 +195,7 @@ def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
 
     from reapkit.formats import decode
 
-    values = decode(checkpoint, source.weight.info, format=read_format(checkpoint))
+    values = decode(checkpoint, source.weight.info, format=source.format)
     if isinstance(source.weight, Take):
         values = take_values(values, source.weight.axis, source.weight.num_entries, source.weight.entries)
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -213,7 +222,7 @@ def num_parameters(form: Format, tensors: Iterable[TensorInfo | OutputTensor]) -
 
 
 def edit_config(
-    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
     layout: MoELayout,
     kept: Mapping[int, Sequence[int]],
     *,
@@ -229,7 +238,7 @@ def edit_config(
     architecture = layout.architecture
     num_kept = len(next(iter(kept.values())))
     counts = dict.fromkeys(architecture.num_experts_keys, (layout.num_experts, num_kept))
-    edited: dict[str, Any] = _recount(config, counts)
+    edited: dict[str, Any] = _recount(checkpoint.config, counts)
     if drop_mtp:
         for key in architecture.mtp_keys:
             edited = _with_entry(edited, key, lambda count: 0 if type(count) is int else count)
@@ -240,7 +249,7 @@ def edit_config(
             if isinstance(section := edited.get("text_config"), dict) and key in section:
                 edited |= {"text_config": section | {key: "bfloat16"}}
     else:
-        names = _ExpertNames(layout, kept)
+        names = _ExpertNames(checkpoint, layout, kept)
         edited = _with_entry(edited, "quantization_config", names.follow)
     return edited
 
@@ -258,7 +267,7 @@ def edit_sidecars(
             edited[name] = None
             continue
         described = parse_json((checkpoint.path / name).read_bytes(), origin=name)
-        if (followed := _ExpertNames(layout, kept).follow(described)) != described:
+        if (followed := _ExpertNames(checkpoint, layout, kept).follow(described)) != described:
             edited[name] = _json_text(followed)
     return edited
 
@@ -266,11 +275,13 @@ def edit_sidecars(
 class _ExpertNames:
     """Names and patterns of single experts, as quantisers list them, brought to the numbers that the kept experts have in the output.
 
-    A literal name is renumbered, or vanishes with its expert. A pattern (`re:…` of compressed-tensors, `+:…` and `-:…` of GPTQ, `*` of
-    ModelOpt) that matches all experts of a layer or none stays; one that tells experts apart becomes the literal names that it matched.
+    A literal name is renumbered, or vanishes with its expert. A pattern (`re:…` of compressed-tensors, `+:…` and `-:…` of GPTQ, globs of
+    ModelOpt, an expert's name without its layer) that matches all experts of a layer or none stays; one that tells experts apart
+    becomes the names of all modules that it matched.
     """
 
-    def __init__(self, layout: MoELayout, kept: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: MoELayout, kept: Mapping[int, Sequence[int]]) -> None:
+        self._checkpoint = checkpoint
         self._layout = layout
         self._rank = {layer: {expert: i for i, expert in enumerate(experts)} for layer, experts in kept.items()}
 
@@ -287,32 +298,44 @@ class _ExpertNames:
     def _follow_name(self, name: str) -> Iterator[str]:
         marker, regex = _pattern(name)
         if regex is None:
-            if (match := _NAMED_EXPERT.search(name)) is None:
+            if (place := self._place(name)) is None or place[0] not in self._rank:
                 yield name
-                return
-            layer = int(match["layer"]) + (self._layout.num_layers if "mtp." in name[: match.start("layer")] else 0)
-            rank = self._rank.get(layer, {}).get(int(match["expert"]))
-            if rank is not None:
-                yield name[: match.start("expert")] + str(rank) + name[match.end("expert") :]
+            elif (rank := self._rank[place[0]].get(place[1])) is not None:
+                yield f"{name[: place[2]]}{rank}{name[place[3] :]}"
             return
-        matched = {module: place for module, place in self._modules.items() if regex.match(module)}
-        per_part = Counter((layer, rest) for layer, _, rest in matched.values())
-        if all(count == self._layout.num_experts for count in per_part.values()):
+        matched = [module for module in self._modules if regex.match(module)]
+        experts = Counter((owner[0], owner[2]) for module in matched if (owner := self._modules[module]))
+        if all(count == self._layout.num_experts for count in experts.values()):
             yield name
             return
-        for module in sorted(matched, key=lambda module: matched[module]):
+        for module in sorted(matched, key=lambda module: (self._modules[module] or (-1, -1, ""), module)):
             for renamed in self._follow_name(module):
                 yield f"{marker}^{re.escape(renamed)}$" if marker in ("+:", "-:") else renamed
 
+    def _place(self, name: str) -> tuple[int, int, int, int] | None:
+        """Layer, expert and where the expert's number stands, of a module's name that says one; whatever stands before the layers."""
+        claim = self._layout.architecture.claim(f"{name}.weight")
+        if claim is not None and claim.start >= 0:
+            layer, start, stop = claim.layer, claim.start, claim.stop
+            is_own_block = claim.is_mtp_block
+        elif match := _NAMED_EXPERT.search(name):
+            layer, (start, stop) = int(match["layer"]), match.span("expert")
+            is_own_block = bool(re.search(r"\bmtp\.", name[:start]))
+        else:
+            return None
+        return layer + (self._layout.num_layers if is_own_block else 0), int(name[start:stop]), start, stop
+
     @cached_property
-    def _modules(self) -> dict[str, tuple[int, int, str]]:
-        """Layer, expert and the rest of the name of every module that belongs to one expert."""
-        modules = {}
-        for name, (layer, expert) in self._layout.expert_of.items():
+    def _modules(self) -> dict[str, tuple[int, int, str] | None]:
+        """Every module by name; of one expert's, its layer, its number and the rest of the name."""
+        modules: dict[str, tuple[int, int, str] | None] = {}
+        for name in self._checkpoint.tensors:
             module = name.rpartition(".")[0]
-            claim = self._layout.architecture.claim(name)
-            assert claim is not None
-            modules[module] = (layer, expert, module[claim.stop :])
+            modules[module] = None
+            if (owner := self._layout.expert_of.get(name)) is not None:
+                claim = self._layout.architecture.claim(name)
+                assert claim is not None
+                modules[module] = (*owner, module[claim.stop :])
         return modules
 
 
@@ -328,7 +351,11 @@ def _pattern(name: str) -> tuple[str, re.Pattern[str] | None]:
             return marker + ":", re.compile(text)
         except re.error as error:
             raise CheckpointError(f"the quantisation's pattern {name!r} is not a regular expression: {error}") from None
-    return ("", re.compile(fnmatch.translate(name))) if "*" in name else ("", None)
+    if any(sign in name for sign in "*?["):
+        return "", re.compile(fnmatch.translate(name))
+    if _BARE_EXPERT.search(name) and not _NAMED_EXPERT.search(name):
+        return "", re.compile(rf".*\b{re.escape(name)}(\.|$)")
+    return "", None
 
 
 def _with_entry(value: Any, key: str, change: Callable[[Any], Any]) -> Any:
@@ -341,10 +368,16 @@ def _with_entry(value: Any, key: str, change: Callable[[Any], Any]) -> Any:
 
 
 def _recount(value: Any, counts: Mapping[str, tuple[int, int]]) -> Any:
-    """A JSON tree with counts replaced under some keys: where the one before stands, alone or in a list with an entry per layer."""
+    """A JSON tree with counts replaced under some keys, where the one before stands, alone or in a list with an entry per layer; not
+    in tables that describe other towers or the quantisation.
+    """
     if isinstance(value, dict):
         return {
-            key: _new_count(inner, *counts[key]) if key in counts else _recount(inner, counts)
+            key: inner
+            if _OTHER_TABLE.search(key)
+            else _new_count(inner, *counts[key])
+            if key in counts
+            else _recount(inner, counts)
             for key, inner in value.items()
         }
     return [_recount(inner, counts) for inner in value] if isinstance(value, list) else value

@@ -263,17 +263,25 @@ def _tally(checkpoint: Checkpoint, layout: MoELayout, form: Format) -> _Tally:
             is_expert = stacked[name][1].role == "expert"
             kind, part = ("expert", "experts") if is_expert else ("row", "routers")
         elif kind == "whole":
-            part = "shared experts" if layout.architecture.is_unpruned(name) else _outer_part(name)
+            part = _outer_part(name)
         if layout.is_mtp(name):
             part = "MTP"
-        parameters[part, kind] += form.num_values(info)
-        sizes[part, kind] += info.nbytes
+        values, size = form.num_values(info), info.nbytes
+        if name in stacked and (entries := stacked[name][1].num_entries) > layout.num_experts:
+            # Rows of zero experts stay whatever goes.
+            parameters[part, "whole"] += values * (entries - layout.num_experts) // entries
+            sizes[part, "whole"] += size * (entries - layout.num_experts) // entries
+            values, size = values * layout.num_experts // entries, size * layout.num_experts // entries
+        parameters[part, kind] += values
+        sizes[part, kind] += size
     return _Tally(parameters, sizes, layout.num_experts, layout.top_k)
 
 
 def _outer_part(name: str) -> str:
     """The part of a tensor that no expert nor router owns, by the words in its name; an attention's own norms count with it."""
     words = [word for word in name.split(".") if "norm" not in word]
+    if any(word.startswith(("shared_expert", "share_expert", "shared_mlp")) for word in words):
+        return "shared experts"
     if any("attn" in word or "attention" in word for word in words):
         return "attention"
     if any("embed" in word or word == "lm_head" for word in words):

@@ -29,7 +29,8 @@ class Slot:
         pattern: the end of a tensor name, after the block, with `{expert}` and `{rest}` (any suffix, so that block scales and other
             companions of an expert always move with it).
         axis: the expert dimension of a tensor that holds all experts; None for one tensor per expert.
-        role: `expert` weights, `router` rows (their bytes are the `routing` fingerprint), or a selection `bias` (likewise).
+        role: `expert` weights, `router` rows and whatever else per expert weighs or scores it (their bytes are the `routing`
+            fingerprint), or a selection `bias` (likewise).
         holds: what lies along `axis`: an entry per expert; or the rows of one expert after those of another, [E x I, D]; or, after
             the entries of the experts, those of the zero experts, which have no weights and always stay.
     """
@@ -105,22 +106,6 @@ class Architecture:
     caution: str | None = None
     refusal: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """What works, for people: a row of `reapkit list architectures`."""
-        works = "no" if self.refusal else "yes"
-        run = [name for name in self.model_types if name not in self.not_in_transformers]
-        return {
-            "family": self.name,
-            "model_type": list(self.model_types),
-            "routing": self.scoring,
-            "observe": works if len(run) == len(self.model_types) else f"{', '.join(run)} only",
-            "prune": works,
-            "merge": "no",
-            "formats": "no" if self.refusal else "all",
-            "mtp": "kept or dropped" if self.mtp_keys else "-",
-            "note": self.refusal or self.caution or "",
-        }
-
     def claim(self, name: str) -> Claim | None:
         """The slot that a tensor's name belongs to, None for everything without an expert dimension."""
         for regex, slot, is_mtp_block in self._claims:
@@ -132,6 +117,13 @@ class Architecture:
     def is_unpruned(self, name: str) -> bool:
         """Whether a tensor of a MoE block belongs to no expert (shared experts and the like)."""
         return any(regex.fullmatch(name) for regex in self._unpruned)
+
+    def block_of(self, name: str, num_layers: int) -> int | None:
+        """The number of the layer in whose MoE block a tensor lies, MTP blocks numbered on from the last layer; None elsewhere."""
+        for regex, is_mtp_block in self._blocks:
+            if match := regex.match(name):
+                return int(match["layer"]) + (num_layers if is_mtp_block else 0)
+        return None
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a tensor lies in, whatever it is; None outside the list of layers."""
@@ -147,6 +139,11 @@ class Architecture:
     def _claims(self) -> tuple[tuple[re.Pattern[str], Slot, bool], ...]:
         blocks = [*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks)]
         return tuple((_regex(block + slot.pattern), slot, is_mtp) for block, is_mtp in blocks for slot in self.slots)
+
+    @cached_property
+    def _blocks(self) -> tuple[tuple[re.Pattern[str], bool], ...]:
+        blocks = [*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks)]
+        return tuple((_regex(block), is_mtp) for block, is_mtp in blocks)
 
     @cached_property
     def _unpruned(self) -> tuple[re.Pattern[str], ...]:
@@ -391,6 +388,7 @@ def resolve(checkpoint: Checkpoint, architectures: Sequence[Architecture]) -> Mo
             tensor that depends on the number of experts and is claimed by no slot.
     """
     architecture = find(checkpoint.config, architectures)
+    _refuse_dense(checkpoint, architecture)
     counts = _Counts.read(checkpoint.config, architecture)
     experts: dict[int, dict[int, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     stacked: dict[int, list[StackedTensor]] = defaultdict(list)
@@ -444,25 +442,66 @@ def _layer(
                 f"missing {_brief(absent)}, beyond the count {_brief(extra)}",
                 hint="neither transformers nor vLLM would notice this",
             )
-        weights = {
-            expert: frozenset(rest for rest, info in parts.items() if not is_companion(info.name))
-            for expert, parts in experts.items()
-        }
-        companions = {rest for parts in experts.values() for rest in parts} - frozenset().union(*weights.values())
-        usual = Counter(weights.values()).most_common(1)[0][0]
-        for expert in range(num_experts):
-            if lacking := sorted(companions - experts[expert].keys()):
-                incomplete[expert] = tuple(lacking)
-            if odd := sorted(usual ^ weights[expert]):
-                verb = "lacks" if odd[0] in usual else "alone has"
-                raise CheckpointError(
-                    f"expert {expert} of layer {index} {verb} the tensor {odd[0].lstrip('.')!r} ({len(odd)} differ)"
-                )
+        _require_same_weights(index, experts, is_companion)
+        incomplete = _lacking_companions(experts, is_companion)
     elif not any(tensor.role == "expert" for tensor in stacked):
         raise CheckpointError(f"layer {index} has a router and no experts")
     if not any(tensor.role == "router" for tensor in stacked):
         raise CheckpointError(f"layer {index} has experts and no router")
     return MoELayer(index, tuple(experts[e] for e in range(num_experts)) if experts else (), tuple(stacked), incomplete)
+
+
+def _refuse_dense(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise UnsupportedError for a dense member of a family: it counts no experts, or a single one, and has none on disk."""
+    section = experts_section(checkpoint.config, architecture)
+    named = [section[key] for key in architecture.num_experts_keys if key in section]
+    if all(value in (None, 0, 1) for value in named) and not any(map(architecture.claim, checkpoint.tensors)):
+        raise UnsupportedError(
+            f"this is a dense {architecture.name} model: {CONFIG_NAME} counts no experts, so there are none to prune"
+        )
+
+
+def _require_same_weights(
+    index: int, experts: Mapping[int, Mapping[str, TensorInfo]], is_companion: Callable[[str], bool]
+) -> None:
+    """Raise CheckpointError unless all experts have the same modules with weights, in whatever format each is stored."""
+    weights = {
+        expert: {rest.rpartition(".")[0]: rest for rest, info in parts.items() if not is_companion(info.name)}
+        for expert, parts in experts.items()
+    }
+    usual = Counter(frozenset(modules) for modules in weights.values()).most_common(1)[0][0]
+    names = {module: rest for modules in weights.values() for module, rest in modules.items()}
+    for expert in sorted(weights):
+        if odd := sorted(usual ^ weights[expert].keys()):
+            verb = "lacks" if odd[0] in usual else "alone has"
+            name = names[odd[0]].lstrip(".")
+            raise CheckpointError(f"expert {expert} of layer {index} {verb} the tensor {name!r} ({len(odd)} differ)")
+
+
+def _lacking_companions(
+    experts: Mapping[int, Mapping[str, TensorInfo]], is_companion: Callable[[str], bool]
+) -> dict[int, tuple[str, ...]]:
+    """By expert, the companions that other experts have beside a weight of the same name and dtype; others are stored in another format."""
+    had: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    of_expert: dict[int, dict[tuple[str, ...], set[str]]] = {}
+    for expert, parts in experts.items():
+        weight_of: dict[str, tuple[str, ...]] = defaultdict(tuple)
+        for rest, info in sorted(parts.items()):
+            if not is_companion(info.name):
+                weight_of[rest.rpartition(".")[0]] += (rest, info.dtype)
+        mine: dict[tuple[str, ...], set[str]] = {weight: set() for weight in weight_of.values()}
+        for rest, info in parts.items():
+            if is_companion(info.name):
+                # The scale of a stacked name, `w_scale_inv` of `w`, has no module of its own.
+                mine.setdefault(weight_of[rest.rpartition(".")[0]], set()).add(rest)
+        of_expert[expert] = mine
+        for weight, companions in mine.items():
+            had[weight] |= companions
+    lacking = {
+        expert: tuple(sorted(rest for weight, companions in mine.items() for rest in had[weight] - companions))
+        for expert, mine in of_expert.items()
+    }
+    return {expert: rests for expert, rests in lacking.items() if rests}
 
 
 def _stack(info: TensorInfo, slot: Slot, axis: int, counts: _Counts) -> StackedTensor | None:
@@ -497,14 +536,8 @@ def _check_unclaimed(
 
 def _dependence(info: TensorInfo, architecture: Architecture, counts: _Counts, indices: set[int]) -> Iterator[str]:
     """Why a tensor that nothing claims may depend on the number of experts."""
-    blocks = (
-        block.format(layer=index) for block in architecture.blocks for index in (architecture.layer_of(info.name),)
-    )
-    if (
-        counts.num_experts in info.shape
-        and architecture.layer_of(info.name) in indices
-        and info.name.startswith(tuple(blocks))
-    ):
+    layer = architecture.block_of(info.name, counts.num_layers)
+    if counts.num_experts in info.shape and layer in indices:
         yield f"has a dimension equal to the {counts.num_experts} experts"
     if ".experts." in info.name:
         yield "has the name of an expert"

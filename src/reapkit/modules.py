@@ -680,13 +680,13 @@ class SuspendedForwards:
             yield forward.take_result().logits
 
     def _forward(self, ids_BT: np.ndarray[Any, Any], images: Images | None) -> Any:
-        model = self._model
-        inputs = {name: torch.from_numpy(array) for name, array in images.load().items()} if images is not None else {}
-        moved = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-        return model.module(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False, **moved)
+        inputs = {name: self._moved(array) for name, array in (images.load() if images is not None else {}).items()}
+        return self._model.module(input_ids=self._moved(ids_BT), use_cache=False, **inputs)
+
+    def _moved(self, array: np.ndarray[Any, Any]) -> Tensor:
+        """To the model's device, and to its dtype unless whole numbers."""
+        tensor = torch.from_numpy(array)
+        return tensor.to(self._model.device, self._model.dtype if tensor.is_floating_point() else None)
 
 
 def _pause_before(layer: int, module: nn.Module, args: Any) -> None:

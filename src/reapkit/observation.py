@@ -38,9 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
 # Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
 HELD_STATES = 2
-# What a document with images holds beside its pixels, as a multiple of that: Qwen3-VL keeps what its vision tower made of each image
-# token for the embeddings and for three layers, all of it twice.
-IMAGES_FACTOR = 5
+# What a document with images holds beside its pixels, as a multiple of that. Per image token Qwen3-VL keeps what its vision tower made
+# for the embeddings and for three layers, all of it twice, and the tower's last states of four patches: measured, 6 times.
+IMAGES_FACTOR = 7
 # On a CPU every suspended forward keeps a team of OpenMP threads of its own, about a megabyte each: without a bound, 2,000 micro-batches
 # on 64 cores would be 128,000 threads. Fewer mean more waves, so more reading, which the computing hides.
 MAX_THREADS = 1024

@@ -92,7 +92,7 @@ class PruningPlan:
                     hint="list every kept expert once, in ascending order",
                 )
         for layer, measured in self.unmeasured.items():
-            if self.kept.get(layer) is None or self.kept[layer] != self.kept.get(measured):
+            if measured in self.unmeasured or layer not in self.kept or self.kept[layer] != self.kept.get(measured):
                 raise PlanError(f"layer {layer} of the plan does not keep the experts of layer {measured}, as it says")
         _require_top_k(self.num_kept, self.num_experts, self.top_k)
 
@@ -105,6 +105,18 @@ class PruningPlan:
         """The experts of a layer that go."""
         kept = set(self.kept[layer])
         return tuple(expert for expert in range(self.num_experts) if expert not in kept)
+
+    def for_layout(self, layout: MoELayout, policy: str | None = None) -> PruningPlan:
+        """The plan for a checkpoint that may have MTP layers of which the plan knows nothing, or lack those that it knows.
+
+        Raises:
+            UsageError: as `with_mtp`.
+        """
+        absent = {layer for layer in self.kept if layer >= layout.num_layers} - set(layout.mtp_indices)
+        unmeasured = {layer: like for layer, like in self.unmeasured.items() if layer not in absent}
+        kept = {layer: experts for layer, experts in self.kept.items() if layer not in absent}
+        plan = replace(self, kept=kept, unmeasured=unmeasured) if absent and kept else self
+        return plan if absent and policy == "drop" else plan.with_mtp(layout.mtp_indices, policy)
 
     def with_mtp(self, layers: Sequence[int], policy: str | None = None) -> PruningPlan:
         """The plan with MTP layers provided for.
@@ -128,14 +140,18 @@ class PruningPlan:
         if policy == "drop":
             return replace(self, kept=kept, unmeasured={}, drop_mtp=True)
         measured = kept.keys() - unmeasured.keys()
+        if not measured:
+            raise PlanError("the plan has no layer of its own choice whose experts the MTP layers could keep")
         like = max(measured)
         if policy not in (None, "same-as-last"):
             match = re.fullmatch(r"same-as-layer[-= ](\d+)", policy)
             if match is None:
                 raise UsageError(f"--mtp {policy!r} is not one of: {MTP_POLICIES}", hint="--mtp same-as-last")
             if (like := int(match[1])) not in measured:
-                raise UsageError(f"--mtp {policy}: layer {like} has no experts of its own choice in the plan",
-                                 hint=f"layers with experts: {min(measured)} to {max(measured)}")  # fmt: skip
+                raise UsageError(
+                    f"--mtp {policy}: layer {like} has no experts of its own choice in the plan",
+                    hint=f"layers that have: {', '.join(map(str, sorted(measured)))}",
+                )
         taken = dict.fromkeys(layers, like)
         return replace(
             self, kept=kept | dict.fromkeys(layers, kept[like]), unmeasured=unmeasured | taken, drop_mtp=False
@@ -232,15 +248,22 @@ class PruningPlan:
                 top_k=int(described["top_k"]),
                 kept=kept,
                 unmeasured={int(layer): like for layer, like in described["unmeasured"].items()},
-                drop_mtp=described["drop_mtp"],
+                drop_mtp=_flag(described["drop_mtp"]),
                 calibration=tuple(described["calibration"]),
                 seed=described["seed"],
             )
+            stated = described["num_kept"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{origin} is not a whole plan: {type(error).__name__} {error}") from None
-        if plan.num_kept != described["num_kept"]:
-            raise PlanError(f"{origin} says it keeps {described['num_kept']} experts a layer and lists {plan.num_kept}")
+        if plan.num_kept != stated:
+            raise PlanError(f"{origin} says it keeps {stated} experts a layer and lists {plan.num_kept}")
         return plan
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
 
 
 def num_kept(
@@ -449,6 +472,8 @@ def losses(choice: Choice) -> list[LayerLoss]:
     plan, scores, statistics = choice.plan, choice.scores, choice.statistics
     result = []
     for layer, score_E in scores.score_E.items():
+        if layer not in plan.kept:  # an MTP layer that is removed
+            continue
         dropped = list(plan.dropped(layer))
         never: tuple[int, ...] = ()
         routed = None

@@ -23,7 +23,7 @@ from typing import Any
 from reapkit import edits
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint
 from reapkit.edits import Copy, OutputTensor, Take
-from reapkit.errors import CheckpointError, OutputError
+from reapkit.errors import CheckpointError, OutputError, UnsupportedError
 from reapkit.layout import MoELayout
 from reapkit.outputs import PARTIAL, explained
 from reapkit.plans import PlannedSource, PruningPlan
@@ -159,12 +159,17 @@ def write(
         OutputError: the folder is in use, inside the source, or cannot be written.
     """
     routing = checkpoint.fingerprint(layout.fingerprinted_names)
-    plan = plan.with_mtp(layout.mtp_indices, mtp)
+    plan = plan.for_layout(layout, mtp)
     plan.require_fits(layout, layout_fingerprint=checkpoint.layout_fingerprint, routing_fingerprint=routing)
+    if plan.drop_mtp and layout.mtp_indices and not layout.architecture.mtp_keys:
+        raise UnsupportedError(
+            f"which key of {CONFIG_NAME} counts the MTP layers of {layout.architecture.name} is not known, so they cannot be dropped",
+            hint="--mtp same-as-last keeps them",
+        )
     if not allow_missing_scales:
-        _require_scales(layout, plan)
+        require_scales(layout, plan.kept)
     shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize)
-    config = edits.edit_config(checkpoint.config, layout, plan.kept, drop_mtp=plan.drop_mtp, dequantize=dequantize)
+    config = edits.edit_config(checkpoint, layout, plan.kept, drop_mtp=plan.drop_mtp, dequantize=dequantize)
     sidecars = edits.edit_sidecars(checkpoint, layout, plan.kept, dequantize=dequantize)
     copied = [name for name in checkpoint.sidecars if name not in sidecars]
     manifest = _describe(
@@ -207,16 +212,17 @@ def write(
 
 def finished(out: Path) -> Manifest | None:
     """The manifest of a finished output, None for any other folder."""
-    is_finished = (out / MANIFEST_NAME).is_file() and not (out / UNFINISHED_NAME).exists()
+    with explained(out, hint=RESUMED):
+        is_finished = (out / MANIFEST_NAME).is_file() and not (out / UNFINISHED_NAME).exists()
     return Manifest.load(out) if is_finished else None
 
 
-def _require_scales(layout: MoELayout, plan: PruningPlan) -> None:
+def require_scales(layout: MoELayout, kept: Mapping[int, Iterable[int]]) -> None:
     """Raise CheckpointError where a kept expert lacks a scale that others have: vLLM would take whatever lies in memory for it."""
     missing = [
         f"layer {layer.index}, expert {expert}: {', '.join(rest.lstrip('.') for rest in layer.incomplete[expert])}"
         for layer in layout.layers
-        for expert in plan.kept.get(layer.index, ())
+        for expert in kept.get(layer.index, ())
         if expert in layer.incomplete
     ]
     if missing:
@@ -255,7 +261,7 @@ def _describe(
         drop_mtp=plan.drop_mtp,
         observed_layout=plan.source.layout,
         dequantized=dequantize,
-        routers=layout.router_names,
+        routers=tuple(name for name in layout.router_names if not (plan.drop_mtp and layout.is_mtp(name))),
         plan=hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest(),
         versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize else ()))},
     )

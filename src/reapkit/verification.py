@@ -1,7 +1,8 @@
 """Whether an output is what its manifest says: byte for byte against its source once, by digests afterwards.
 
 Neither transformers nor vLLM checks a pruned quantised checkpoint for completeness, so a gap in expert numbers or a lost scale would load
-silently wrong. What is expected is worked out here from the source and the manifest's kept experts, not from what the writer did.
+silently wrong. Which tensors are expected is worked out here from the source and the manifest's kept experts, not from what the writer did;
+what the config and the quantisers' files should say comes from the functions that write them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from reapkit.errors import CheckpointError, ReapkitError
 from reapkit.layout import MoELayout, StackedTensor, resolve
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
-from reapkit.quantization import read_format
+from reapkit.quantization import Format, read_format
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo, parse_json, read_header
 
@@ -88,7 +89,7 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
         found.compare_tables(expected)
         found.compare_config(
             edits.edit_config(
-                checkpoint.config,
+                checkpoint,
                 layout,
                 manifest.kept,
                 drop_mtp=manifest.drop_mtp,
@@ -124,7 +125,7 @@ class _Expected:
         dtype, shape: what the output should say.
         stacked: the experts' dimension, where only some of them are kept; else None.
         kept: those experts.
-        dequantized: whether the values are to be bf16.
+        dequantized: the format whose values are to be bf16; None where bytes are compared.
     """
 
     info: TensorInfo
@@ -132,7 +133,7 @@ class _Expected:
     shape: tuple[int, ...]
     stacked: StackedTensor | None = None
     kept: tuple[int, ...] = ()
-    dequantized: bool = False
+    dequantized: Format | None = None
 
 
 def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tuple[Checkpoint, MoELayout]:
@@ -204,7 +205,7 @@ def _dequantized(checkpoint: Checkpoint, expected: Mapping[str, _Expected]) -> I
         renamed = f"{name.rpartition('.')[0]}.{decoded.rpartition('.')[2]}"
         if item.stacked is not None:
             shape = tuple(item.shape[i] if i == item.stacked.axis else size for i, size in enumerate(shape))
-        yield renamed, replace(item, dtype="BF16", shape=shape, dequantized=True)
+        yield renamed, replace(item, dtype="BF16", shape=shape, dequantized=form)
 
 
 @dataclass
@@ -359,12 +360,12 @@ class _Output:
 
 def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | memoryview]:
     """The bytes that a tensor of the output should have; whole tensors are copied in pieces, so that memory stays small."""
-    if item.dequantized:
+    if item.dequantized is not None:
         import torch
 
         from reapkit.formats import decode
 
-        values = decode(checkpoint, item.info, format=read_format(checkpoint))
+        values = decode(checkpoint, item.info, format=item.dequantized)
         if item.stacked is not None:
             axis, count = item.stacked.axis, item.stacked.num_entries
             parts = values.tensor_split(count, dim=axis)
@@ -400,7 +401,7 @@ def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
 
 
 def _describe_difference(info: TensorInfo, item: _Expected) -> str:
-    if item.dequantized:
+    if item.dequantized is not None:
         return f"{info.name!r} in {info.file} is not the dequantised {item.info.name!r} of the source"
     if item.stacked is not None:
         return f"{info.name!r} in {info.file} is not the kept experts' part of the source's, in their order"

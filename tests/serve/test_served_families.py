@@ -32,11 +32,12 @@ PROMPTS: Continuations = [
     torch.randint(3, 99, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     for length in (1, 2, 5, 11, 30, 64)
 ]
-# Twenty models on two idle cores take a minute and a half; a busy machine several times that.
+# Thirty models on two idle cores take a minute and a half; a busy machine several times that.
 WITHIN_S = 600
 
-# What vLLM's CPU kernels ask for: heads of 32 or more, and of latent attention the vendor's own 512 and 64.
-HEADS: Mapping[str, Any] = {"head_dim": 32}
+# What vLLM's CPU kernels ask for: heads of 32 or more, of latent attention the vendor's own 512 and 64, and experts that are whole blocks
+# of 32 wide where it does not fill them up.
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 # With the vendor's kind of RoPE: plain RoPE in latent attention is wrong on CPUs, README.md says where.
 LATENT: Mapping[str, Any] = {
     "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "max_position_embeddings": 2048,
@@ -46,14 +47,25 @@ LATENT: Mapping[str, Any] = {
     },
 }  # fmt: skip
 DIMENSIONS: Mapping[str, Mapping[str, Any]] = {
+    "Qwen2-MoE": HEADS,
     "Qwen3-MoE": HEADS,
     "GLM-4.5": HEADS,
+    "GLM-4.7-Flash": LATENT,
+    "DeepSeek-V2": LATENT,
     "DeepSeek-V3": LATENT,
-    "gpt-oss": HEADS,
+    "Mixtral": HEADS,
+    # vLLM reads the second entry only, transformers the first.
+    "Llama-4 text": HEADS | {"moe_layers": [1], "interleave_moe_layer_step": 2},
+    "gpt-oss": HEADS | {"intermediate_size": 32},
+    "Granite-MoE": HEADS,
+    "Hunyuan-A13B": HEADS,
 }
 # The vendor's entries that transformers leaves out and vLLM reads.
-ENTRIES: Mapping[str, Mapping[str, Any]] = {"DeepSeek-V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-WITH_MTP = ("GLM-4.5", "DeepSeek-V3")
+ENTRIES: Mapping[str, Mapping[str, Any]] = {
+    "DeepSeek-V3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "GLM-4.7-Flash": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
+}
+WITH_MTP = ("GLM-4.5", "GLM-4.7-Flash", "DeepSeek-V3")
 MXFP4 = "gpt-oss in MXFP4"
 
 # Ways in which a family's checkpoint is served.
@@ -107,23 +119,13 @@ def write_original(family: Family, folder: Path) -> None:
     tiny.add_tokenizer(folder)
     if name in WITH_MTP:
         rewrite(folder, with_mtp_ends)
-    if name == "gpt-oss":
-        rewrite(folder, with_small_biases)
 
 
 def with_mtp_ends(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An MTP layer has embeddings, a norm and a head of its own, as long as the model's."""
+    """An MTP layer behind the last has embeddings, a norm and a head of its own, as large as the model's."""
     (layer,) = {name.removesuffix("eh_proj.weight") for name in tensors if name.endswith(".eh_proj.weight")}
     ends = {"embed_tokens": "model.embed_tokens", "shared_head.norm": "model.norm", "shared_head.head": "lm_head"}
     return tensors | {f"{layer}{end}.weight": torch.randn_like(tensors[f"{like}.weight"]) for end, like in ends.items()}
-
-
-def with_small_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """gpt-oss has a bias everywhere; as large as `make` has them they alone would choose the token, whatever the experts say."""
-    return {
-        name: (tensor - 1) * 0.2 if name.endswith(".bias") else tensor * 8 if "embed_tokens" in name else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def write_mxfp4(source: Path, folder: Path) -> None:
@@ -169,10 +171,16 @@ def reordered(pruned: Path, num_kept: int) -> Path:
     shutil.copytree(pruned, copy)
     order = torch.tensor([1, 0, *range(2, num_kept)])
     rewrite(copy, lambda tensors: {
-        name: tensor[order] if tensor.shape[0] == num_kept and "experts" not in name else tensor
-        for name, tensor in tensors.items()
+        name: tensor if routed_layer(name, tensor, num_kept) is None else tensor[order] for name, tensor in tensors.items()
     })  # fmt: skip
     return copy
+
+
+def routed_layer(name: str, tensor: Tensor, num_experts: int) -> int | None:
+    """The layer whose router's weight or bias this is, told by its length; None if it is something else."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    is_router = match and "experts" not in name and tensor.ndim < 3 and tensor.shape[0] == num_experts
+    return int(match[1]) if is_router else None
 
 
 def masked_continuations(original: Original) -> Continuations:
@@ -183,14 +191,14 @@ def masked_continuations(original: Original) -> Continuations:
     model = AutoModelForCausalLM.from_pretrained(original.folder, **options).float().eval()
     routers: dict[int, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.shape[0] == original.plan.num_experts and "experts" not in name:
-            match = re.search(r"\.layers\.(\d+)\.", name)
-            assert match is not None
-            dropped = torch.tensor(original.plan.dropped(int(match[1])))
-            if value.ndim == 2:
-                routers[value.data_ptr()] = dropped
-            else:
-                value.data[dropped] = NEVER_CHOSEN
+        layer = routed_layer(name, value, original.plan.num_experts)
+        if layer is None:
+            continue
+        dropped = torch.tensor(original.plan.dropped(layer))
+        if value.ndim == 2:
+            routers[value.data_ptr()] = dropped
+        else:
+            value.data[dropped] = NEVER_CHOSEN
     assert len(routers) == len(original.plan.kept.keys() - original.plan.unmeasured.keys())
     with one_thread(), mock.patch.object(torch.nn.functional, "linear", masking(routers)):
         return [continued(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
