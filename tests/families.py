@@ -260,7 +260,9 @@ def make(family: Family, folder: Path, *, mtp: bool = False) -> Any:
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if family.stored_type is not None:
-        config = tiny.read_json(folder / "config.json") | {"model_type": family.stored_type}
+        # Such releases bring code for their type.
+        auto_map = {"AutoConfig": "configuration_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+        config = tiny.read_json(folder / "config.json") | {"model_type": family.stored_type, "auto_map": auto_map}
         tiny.write_json(folder / "config.json", config)
     if family.finish is not None:
         family.finish(folder)
@@ -362,6 +364,10 @@ def _mtp_joins(family: Family, count: int) -> dict[str, torch.Tensor]:
         names = (f"{prefix}pre_fc_norm_embedding", f"{prefix}pre_fc_norm_hidden", f"{prefix}fc")
         end = f"{prefix}norm"
     joins = {f"{name}.weight": torch.randn(64) for name in names[:2]}
+    if family.mtp == "behind":
+        joins |= {
+            f"model.layers.{count}.{part}.weight": torch.randn(128, 64) for part in ("embed_tokens", "shared_head.head")
+        }
     return joins | {f"{names[2]}.weight": torch.randn(64, 128) / 8, f"{end}.weight": torch.ones(64)}
 
 

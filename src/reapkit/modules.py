@@ -282,8 +282,6 @@ class MtpLayers:
     @classmethod
     def build(cls, model: StreamedModel) -> MtpLayers | None:
         """The MTP layers of a model; None where it has none with experts, or transformers cannot run them."""
-        from transformers.modeling_layers import MtpModel
-
         layout = model.layout
         count = getattr(model.module.config.get_text_config(), "num_mtp_layers", None)
         if not layout.mtp_indices or layout.mtp_indices != tuple(
@@ -291,14 +289,25 @@ class MtpLayers:
         ):
             return None
         try:
+            from transformers.modeling_layers import MtpModel
+
             with torch.device("meta"), _quiet_transformers():
                 module = MtpModel(model.module, count).eval().requires_grad_(False)
                 module.layers.to(model.dtype)  # what it shares with the model keeps its own
-        except (ValueError, AttributeError, TypeError):  # its config does not say what transformers needs
+        except (
+            ImportError,
+            ValueError,
+            AttributeError,
+            TypeError,
+        ):  # an older transformers, or a config that says too little
             return None
         if any(experts_of(layer) is None for layer in module.layers):
             return None
-        infos = [info for name, info in model.checkpoint.tensors.items() if layout.is_mtp(name)]
+        # Releases repeat the embeddings and the output projection beside them.
+        shared = (".embed_tokens.weight", ".shared_head.head.weight")
+        infos = [
+            info for name, info in model.checkpoint.tensors.items() if layout.is_mtp(name) and not name.endswith(shared)
+        ]
         return cls(module, infos, module.get_weight_conversions(model.module))
 
     def in_memory_name(self, name: str) -> str:
@@ -366,7 +375,9 @@ def build_meta_model(
                     hint="a plan made elsewhere prunes it all the same",
                 )
             if architecture.runs_as is not None:
-                described = {key: value for key, value in read_config(path).items() if key != "model_type"}
+                # Its own code is for another transformers, and does not go through the registry.
+                unwanted = ("model_type", "auto_map")
+                described = {key: value for key, value in read_config(path).items() if key not in unwanted}
                 config = type(AutoConfig.for_model(architecture.runs_as)).from_dict(described)
             else:
                 config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
