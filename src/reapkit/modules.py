@@ -294,6 +294,7 @@ class MtpLayers:
             with torch.device("meta"), _quiet_transformers():
                 module = MtpModel(model.module, count).eval().requires_grad_(False)
                 module.layers.to(model.dtype)  # what it shares with the model keeps its own
+                conversions = module.get_weight_conversions(model.module)
         except (
             ImportError,
             ValueError,
@@ -308,7 +309,7 @@ class MtpLayers:
         infos = [
             info for name, info in model.checkpoint.tensors.items() if layout.is_mtp(name) and not name.endswith(shared)
         ]
-        return cls(module, infos, module.get_weight_conversions(model.module))
+        return cls(module, infos, conversions)
 
     def in_memory_name(self, name: str) -> str:
         return _renamed(name, self.module, self.conversions, self._state_names)
