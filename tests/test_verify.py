@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from reapkit import shards
 from reapkit.checkpoint import MANIFEST_NAME, UNFINISHED_NAME
 from reapkit.errors import CheckpointError
 from reapkit.shards import Manifest
+from reapkit.tensors import read_header
 from reapkit.verification import Verification, verify
 
 KEEP = 5
@@ -396,3 +398,70 @@ def test_a_manifest_that_contradicts_itself_is_refused(out: Path) -> None:
     del whole["kept"]["1"]
     tiny.write_json(out / MANIFEST_NAME, whole)
     refuse(out, "the manifest lists the kept experts of 2 layers, the source has 3")
+
+
+# ---- anywhere at all
+
+
+def corrupt(out: Path, kind: str, choose: random.Random) -> None:
+    """Damage an output in one place that the generator chooses."""
+    weight_map: dict[str, str] = tiny.read_json(out / INDEX)["weight_map"]
+    names = sorted(weight_map)
+    layer = choose.randrange(tiny.NUM_LAYERS)
+    block = f"model.layers.{layer}.block_sparse_moe."
+    if kind == "a flipped bit":
+        name = choose.choice(names)
+        header, _ = read_header(out / weight_map[name])
+        at = choose.randrange(header[name].start, header[name].stop)
+        content = bytearray((out / weight_map[name]).read_bytes())
+        content[at] ^= 1 << choose.randrange(8)
+        (out / weight_map[name]).write_bytes(content)
+    elif kind == "swapped experts":
+        one, other = (f"{block}experts.{expert}." for expert in choose.sample(range(KEEP), 2))
+        everything = tiny.load_tensors(out)
+        for shard in {file for name, file in weight_map.items() if name.startswith((one, other))}:
+            tensors = load_file(out / shard)
+            for name in [name for name in tensors if name.startswith((one, other))]:
+                twin = name.replace(one, other) if name.startswith(one) else name.replace(other, one)
+                tensors[name] = everything[twin].clone()
+            save_file(tensors, out / shard, metadata={"format": "pt"})
+    elif kind == "router rows out of order":
+        name = block + choose.choice(("gate.weight", "e_score_correction_bias"))
+        rows = list(range(KEEP))
+        one, other = choose.sample(rows, 2)
+        rows[one], rows[other] = rows[other], rows[one]
+        rewrite(out, lambda tensors: tensors.update({name: tensors[name][rows].clone()}), name)
+    elif kind == "a missing scale":
+        name = choose.choice([name for name in names if name.endswith("_scale_inv")])
+        rewrite(out, lambda tensors: tensors.pop(name), name)
+        change_json(out / INDEX, lambda index: index["weight_map"].pop(name))  # type: ignore[attr-defined]
+        fix_total_size(out)
+    elif kind == "a wrong count":
+        change_json(out / "config.json", lambda config: config.update(num_local_experts=choose.choice((4, 6, 8))))
+    elif kind == "an orphan tensor":
+        name = f"{block}experts.{choose.randrange(KEEP, 8)}.w1.weight"
+        rewrite(out, lambda tensors: tensors.update({name: torch.zeros(2)}), choose.choice(names))
+    elif kind == "a stale index":
+        one, other = choose.sample(sorted(set(weight_map.values())), 2)
+        moved = choose.choice([name for name in names if weight_map[name] == one])
+        change_json(out / INDEX, lambda index: index["weight_map"].update({moved: other}))  # type: ignore[attr-defined]
+    else:
+        shard = out / choose.choice(sorted(set(weight_map.values())))
+        with shard.open("r+b") as stream:
+            stream.truncate(choose.randrange(shard.stat().st_size))
+
+
+KINDS = (
+    "a flipped bit", "swapped experts", "router rows out of order", "a missing scale", "a wrong count", "an orphan tensor",
+    "a stale index", "a truncated shard",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeded_corruptions_are_all_caught(fresh: Path, tmp_path: Path, kind: str) -> None:
+    """13 of each kind, 104 in all."""
+    for seed in range(13):
+        out = Path(shutil.copytree(fresh, tmp_path / f"{seed}"))
+        corrupt(out, kind, random.Random(f"{kind} {seed}"))
+        assert not verify(out).ok, (kind, seed)
+        shutil.rmtree(out)
