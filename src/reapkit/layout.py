@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 from reapkit.checkpoint import CONFIG_NAME, Checkpoint, text_section
@@ -411,7 +411,7 @@ def resolve(checkpoint: Checkpoint, architectures: Sequence[Architecture]) -> Mo
             hint=f"expected names like {architecture.blocks[0]}{architecture.slots[0].pattern}",
         )
     _check_unclaimed(unclaimed, architecture, counts, set(indices))
-    is_companion = read_format(checkpoint).is_companion
+    is_companion = cache(read_format(checkpoint).is_companion)
     return MoELayout(
         architecture=architecture,
         num_experts=counts.num_experts,
