@@ -433,6 +433,11 @@ def many_waves(folder: Path, text: str, *, share: int = 1) -> Observation:
     )
 
 
+def stop_past_half(task: str, done: float, total: float, unit: str) -> None:
+    if done / total > 0.5:
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_goes_on_after_its_last_finished_wave_to_the_same_bits(
     checkpoints: dict[str, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,26 +470,18 @@ def test_an_interrupted_run_goes_on_after_its_last_finished_wave_to_the_same_bit
 
 
 def test_sums_of_an_interrupted_run_are_no_statistics(checkpoints: dict[str, Path], text: str, tmp_path: Path) -> None:
-    def progress(task: str, done: float, total: float, unit: str) -> None:
-        if done / total > 0.5:
-            raise KeyboardInterrupt
-
     keep = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        many_waves(checkpoints["m2"], text).run(progress=progress, keep=keep)
+        many_waves(checkpoints["m2"], text).run(progress=stop_past_half, keep=keep)
     with pytest.raises(DataError, match=r"holds the sums of an interrupted run: \d+ of \d+ waves") as caught:
         plans.plan(keep, ratio=0.25)
     assert caught.value.hint == "repeat the command that wrote it: it goes on from there"
 
 
 def test_another_runs_sums_are_not_gone_on_with(checkpoints: dict[str, Path], text: str, tmp_path: Path) -> None:
-    def progress(task: str, done: float, total: float, unit: str) -> None:
-        if done / total > 0.5:
-            raise KeyboardInterrupt
-
     keep = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        many_waves(checkpoints["m2"], text).run(progress=progress, keep=keep)
+        many_waves(checkpoints["m2"], text).run(progress=stop_past_half, keep=keep)
     other = write_jsonl(tmp_path / "other.jsonl", text_rows(20, seed=9))
     for observation in (many_waves(checkpoints["m2"], other), many_waves(checkpoints["qwen3"], text)):
         with pytest.raises(DataError, match="an interrupted run on another model, text or settings"):

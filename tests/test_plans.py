@@ -181,7 +181,7 @@ def test_mtp_layers_take_the_kept_set_of_a_named_layer() -> None:
     with pytest.raises(UsageError, match="layer 4 has no experts of its own choice in the plan"):
         plan().with_mtp([4]).with_mtp([4], "same-as-layer-4")
     with pytest.raises(UsageError, match="'same-as-first' is not one of: same-as-last, same-as-layer-N or drop"):
-        plan().with_mtp([4], "same-as-first")
+        plan().with_mtp([], "same-as-first")
     with pytest.raises(UsageError, match="the checkpoint has no MTP layers with experts"):
         plan().with_mtp([], "same-as-last")
 

@@ -129,6 +129,9 @@ class PruningPlan:
         Raises:
             UsageError: an unknown policy, a layer that the plan does not know, or a policy where there are no MTP layers.
         """
+        match = re.fullmatch(r"same-as-last|drop|same-as-layer[-= ](\d+)", policy or "same-as-last")
+        if match is None:
+            raise UsageError(f"--mtp {policy!r} is not one of: {MTP_POLICIES}", hint="--mtp same-as-last")
         if policy is None:
             if self.drop_mtp or set(layers) <= self.kept.keys():
                 return self
@@ -142,16 +145,12 @@ class PruningPlan:
         measured = kept.keys() - unmeasured.keys()
         if not measured:
             raise PlanError("the plan has no layer of its own choice whose experts the MTP layers could keep")
-        like = max(measured)
-        if policy not in (None, "same-as-last"):
-            match = re.fullmatch(r"same-as-layer[-= ](\d+)", policy)
-            if match is None:
-                raise UsageError(f"--mtp {policy!r} is not one of: {MTP_POLICIES}", hint="--mtp same-as-last")
-            if (like := int(match[1])) not in measured:
-                raise UsageError(
-                    f"--mtp {policy}: layer {like} has no experts of its own choice in the plan",
-                    hint=f"layers that have: {', '.join(map(str, sorted(measured)))}",
-                )
+        like = int(match[1]) if match[1] else max(measured)
+        if like not in measured:
+            raise UsageError(
+                f"--mtp {policy}: layer {like} has no experts of its own choice in the plan",
+                hint=f"layers that have: {', '.join(map(str, sorted(measured)))}",
+            )
         taken = dict.fromkeys(layers, like)
         return replace(
             self, kept=kept | dict.fromkeys(layers, kept[like]), unmeasured=unmeasured | taken, drop_mtp=False
