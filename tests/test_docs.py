@@ -115,3 +115,15 @@ def test_the_diffs_in_the_guide_to_adding_an_architecture_are_what_the_code_says
         assert added in (ROOT / file).read_text(encoding="utf-8"), file
     for line in re.findall(r"^(_\w+ = Slot\(.*?\))  #", text, re.MULTILINE):
         assert line in (ROOT / "src/reapkit/architectures.py").read_text(encoding="utf-8")
+
+
+def test_the_tests_that_hold_what_can_be_relied_on_are_there() -> None:
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(test_\w+\.py)", text))
+    assert len(files) > 5
+    sources = {file: (ROOT / "tests" / file).read_text(encoding="utf-8") for file in files}
+    for cell in re.findall(r"\| ([^|]*test_[^|]*) \|$", text, re.MULTILINE):
+        file = ""
+        for named, name in re.findall(r"(test_\w+\.py)|\b(test_\w+)", cell):
+            file = named or file
+            assert not name or f"def {name}" in sources[file], (file, name)
