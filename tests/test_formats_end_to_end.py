@@ -115,3 +115,13 @@ def test_a_format_that_is_only_sliced_is_refused_by_observe_and_names_what_can_o
     plan = plans.plan(tiny.add_tokenizer(Path(shutil.copytree(qwen3, tmp_path / "plain"))), criterion="random", keep=6)
     manifest = prune(folder, plan, tmp_path / "out")
     assert manifest.after.num_experts == 6 and verify(tmp_path / "out").ok
+
+
+def test_an_expert_that_is_stored_plainly_among_packed_ones_is_pruned_like_them(qwen3: Path, tmp_path: Path) -> None:
+    mixed = quantized.make(qwen3, tmp_path / "int4", "int4", wanted=r".*\.experts\.[0-24-7]\..*")
+    names = tiny.load_tensors(mixed).keys()
+    assert {name.rpartition(".")[2] for name in names if ".experts.3." in name} == {"weight"}
+    assert {name.rpartition(".")[2] for name in names if ".experts.4." in name} > {"weight_packed", "weight_scale"}
+    prune(mixed, plans.plan(mixed, criterion="random", keep=6), tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+    assert all(part.isfinite().all() for part in logits(tmp_path / "out"))

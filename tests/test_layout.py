@@ -94,6 +94,16 @@ def test_an_expert_with_a_weight_of_its_own_is_named(checkpoint: Checkpoint) -> 
     refuse(odd, CheckpointError, "expert 3 of layer 1 alone has the tensor 'w4.weight'")
 
 
+def test_an_expert_that_lacks_a_bias_is_named(checkpoint: Checkpoint) -> None:
+    biased = checkpoint
+    for layer in range(3):
+        for expert in range(8):
+            biased = plus(biased, f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.bias", (2,))
+    resolve(biased, ARCHITECTURES)
+    odd = without(biased, lambda name: name == EXPERT + ".w1.bias")
+    refuse(odd, CheckpointError, "expert 3 of layer 1 lacks the tensor 'w1.bias' (1 differ)")
+
+
 def test_an_expert_that_lacks_a_scale_is_noted_for_whoever_would_keep_it(checkpoint: Checkpoint) -> None:
     odd = without(checkpoint, lambda name: name == EXPERT + ".w1.weight_scale_inv")
     assert [layer.incomplete for layer in resolve(odd, ARCHITECTURES).layers] == [

@@ -262,12 +262,13 @@ def edit_sidecars(
     With `dequantize` they are left behind, which is said by None.
     """
     edited: dict[str, bytes | None] = {}
+    names = _ExpertNames(checkpoint, layout, kept)
     for name in sorted(_QUANTIZATION_SIDECARS & set(checkpoint.sidecars)):
         if dequantize:
             edited[name] = None
             continue
         described = parse_json((checkpoint.path / name).read_bytes(), origin=name)
-        if (followed := _ExpertNames(checkpoint, layout, kept).follow(described)) != described:
+        if (followed := names.follow(described)) != described:
             edited[name] = _json_text(followed)
     return edited
 

@@ -136,18 +136,23 @@ class Architecture:
         return layer >= num_layers if layer is not None else bool(self._mtp.match(name))
 
     @cached_property
+    def _all_blocks(self) -> tuple[tuple[str, bool], ...]:
+        """Every block, and whether it is one of MTP."""
+        return (*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks))
+
+    @cached_property
     def _claims(self) -> tuple[tuple[re.Pattern[str], Slot, bool], ...]:
-        blocks = [*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks)]
-        return tuple((_regex(block + slot.pattern), slot, is_mtp) for block, is_mtp in blocks for slot in self.slots)
+        return tuple(
+            (_regex(block + slot.pattern), slot, is_mtp) for block, is_mtp in self._all_blocks for slot in self.slots
+        )
 
     @cached_property
     def _blocks(self) -> tuple[tuple[re.Pattern[str], bool], ...]:
-        blocks = [*((block, False) for block in self.blocks), *((block, True) for block in self.mtp_blocks)]
-        return tuple((_regex(block), is_mtp) for block, is_mtp in blocks)
+        return tuple((_regex(block), is_mtp) for block, is_mtp in self._all_blocks)
 
     @cached_property
     def _unpruned(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(_regex(block + end) for block in (*self.blocks, *self.mtp_blocks) for end in self.unpruned)
+        return tuple(_regex(block + end) for block, _ in self._all_blocks for end in self.unpruned)
 
     @cached_property
     def _layers(self) -> re.Pattern[str]:
@@ -158,6 +163,10 @@ class Architecture:
     def _mtp(self) -> re.Pattern[str]:
         # Vendors put all of it under names like "mtp." or "model.mtp_block.".
         return re.compile(r"(?:\w+\.)*mtp\w*\.")
+
+
+# What quantisers call a weight whose values they pack.
+_PACKED = re.compile(r"\.(weight_packed|qweight)$")
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -464,13 +473,13 @@ def _refuse_dense(checkpoint: Checkpoint, architecture: Architecture) -> None:
 def _require_same_weights(
     index: int, experts: Mapping[int, Mapping[str, TensorInfo]], is_companion: Callable[[str], bool]
 ) -> None:
-    """Raise CheckpointError unless all experts have the same modules with weights, in whatever format each is stored."""
+    """Raise CheckpointError unless all experts have the same weights and biases, in whatever format each weight is stored."""
     weights = {
-        expert: {rest.rpartition(".")[0]: rest for rest, info in parts.items() if not is_companion(info.name)}
+        expert: {_PACKED.sub(".weight", rest): rest for rest, info in parts.items() if not is_companion(info.name)}
         for expert, parts in experts.items()
     }
-    usual = Counter(frozenset(modules) for modules in weights.values()).most_common(1)[0][0]
-    names = {module: rest for modules in weights.values() for module, rest in modules.items()}
+    usual = Counter(frozenset(stored) for stored in weights.values()).most_common(1)[0][0]
+    names = {weight: rest for stored in weights.values() for weight, rest in stored.items()}
     for expert in sorted(weights):
         if odd := sorted(usual ^ weights[expert].keys()):
             verb = "lacks" if odd[0] in usual else "alone has"

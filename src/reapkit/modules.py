@@ -370,7 +370,8 @@ def build_meta_model(
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
     try:
         with _quiet_transformers():
-            if (model_type := read_config(path).get("model_type")) in architecture.not_in_transformers:
+            stored = read_config(path)
+            if (model_type := stored.get("model_type")) in architecture.not_in_transformers:
                 raise UnsupportedError(
                     f"transformers has no class for {model_type!r}, so its experts cannot be observed",
                     hint="a plan made elsewhere prunes it all the same",
@@ -378,7 +379,7 @@ def build_meta_model(
             if architecture.runs_as is not None:
                 # Its own code is for another transformers, and does not go through the registry.
                 unwanted = ("model_type", "auto_map")
-                described = {key: value for key, value in read_config(path).items() if key not in unwanted}
+                described = {key: value for key, value in stored.items() if key not in unwanted}
                 config = type(AutoConfig.for_model(architecture.runs_as)).from_dict(described)
             else:
                 config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
