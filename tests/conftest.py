@@ -16,8 +16,8 @@ from reapkit import criteria, plans
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.layout import MoELayout
-from reapkit.plans import PlannedSource, PruningPlan
+from reapkit.layout import Identity, MoELayout
+from reapkit.plans import PruningPlan
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +52,6 @@ def open_with_plan(folder: Path, keep: int, seed: int = 5) -> tuple[Checkpoint, 
     checkpoint = Checkpoint.open(folder)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
-    source = PlannedSource(
-        checkpoint.origin, None, checkpoint.layout_fingerprint, checkpoint.fingerprint(layout.fingerprinted_names)
-    )
+    source = Identity.of(checkpoint, layout)
     kept = plans.select(scores, keep=keep)
     return checkpoint, layout, PruningPlan(source, "random", layout.num_experts, layout.top_k, kept, seed=seed)

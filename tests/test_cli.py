@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 from reapkit import cli, shards
 from reapkit.cli import app, parse_size
 from reapkit.errors import UsageError
+from reapkit.statistics import Statistics
 from tiny import add_tokenizer, make_fp8, make_m2, read_json, write_json
 
 
@@ -364,26 +366,65 @@ def test_plan_does_not_import_torch(statistics: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").exists()
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing_that_looks_whole(model: Path, tmp_path: Path) -> None:
-    data = tmp_path / "long.jsonl"
-    data.write_text("".join(json.dumps({"text": "word " * 400}) + "\n" for _ in range(4000)))
-    command = [
-        sys.executable,
-        "-m",
-        "reapkit",
-        "observe",
-        str(model),
-        "--data",
-        str(data),
-        "-o",
-        str(tmp_path / "s.safetensors"),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    time.sleep(8)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and b"interrupted" in errors
-    assert not (tmp_path / "s.safetensors").exists()
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * 400}) + "\n" for _ in range(4000)))
+    return path
+
+
+@contextmanager
+def observing(model: Path, data: Path, statistics: Path, budget: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The real command, in a process that hears signals."""
+    command = [sys.executable, "-m", "reapkit", "observe", str(model), "--data", str(data), "-o", str(statistics)]
+    with subprocess.Popen(
+        [*command, "--activation-budget", budget],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_ctrl_c_once_stops_after_the_running_wave_and_says_how_to_go_on(
+    model: Path, long_text: Path, tmp_path: Path
+) -> None:
+    statistics, sums = tmp_path / "s.safetensors", tmp_path / "s.safetensors.unfinished"
+    with observing(model, long_text, statistics, "5MB") as process:
+        wait_for(sums, process)
+        before = Statistics.load(sums, unfinished=True).finished_batches
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopping when the running wave is done; press Ctrl-C again to stop at once" in errors
+    assert b"interrupted; the same command goes on after the last finished wave or file" in errors
+    assert Statistics.load(sums, unfinished=True).finished_batches > before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [sums.name], "neither statistics nor a lock"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(model: Path, long_text: Path, tmp_path: Path, signum: int, code: int) -> None:
+    """The only wave takes minutes."""
+    statistics = tmp_path / "s.safetensors"
+    with observing(model, long_text, statistics, "4GB") as process:
+        wait_for(tmp_path / "s.safetensors.lock", process)
+        process.send_signal(signum)
+        assert process.stderr is not None
+        assert b"stopping when the running wave is done" in process.stderr.readline()
+        begun = time.monotonic()
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and b"interrupted" in errors and b"Traceback" not in errors
+    assert time.monotonic() - begun < 15
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

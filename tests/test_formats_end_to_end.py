@@ -58,7 +58,7 @@ def test_what_is_computed_with_is_what_dequantising_writes(stored: Path, sibling
 def test_observing_a_format_gives_the_sums_of_its_bf16_sibling(stored: Path, sibling: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", text_rows(6))
     ours, theirs = (observe(folder, [text], run=RUN, max_length=64) for folder in (stored, sibling))
-    assert ours.routing == theirs.routing and ours.layout != theirs.layout
+    assert ours.source.routing == theirs.source.routing and ours.source.layout != theirs.source.layout
     for layer, sums in theirs.layers.items():
         assert (ours.layers[layer].gated_norm_SE == sums.gated_norm_SE).all() and sums.gated_norm_SE.any()
 

@@ -220,7 +220,7 @@ def test_observing_twice_gives_the_same_bits(checkpoints: dict[str, Path], text:
 def test_one_wave_and_many_give_the_same_sums(
     checkpoints: dict[str, Path], text: str, observed: Statistics, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts, tokens and maxima exactly; sums of reals up to float64's rounding, as they are added in another grouping."""
+    """To the bit: every micro-batch adds to running totals."""
     probe = Observation(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH, seed=0)
     assert len(probe.waves) == 1 and len(probe.batches) >= 4
     largest = max(batch.input_ids_BT.size for batch in probe.batches) * module.bytes_per_token(probe.model)
@@ -231,14 +231,15 @@ def test_one_wave_and_many_give_the_same_sums(
     assert len(many.waves) >= (2 if limit == "activations" else len(probe.batches))
     ours = many.run()
     for index, layer in observed.layers.items():
-        np.testing.assert_array_equal(layer.max_norm_E, ours.layers[index].max_norm_E)
-        require_close(layer, ours.layers[index], rtol=1e-13)
+        require_close(layer, ours.layers[index], rtol=0)
 
 
 def test_what_was_observed_is_recorded(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
-    assert observed.origin == str(checkpoints["m2"]) and observed.revision is None
+    assert observed.source.origin == str(checkpoints["m2"]) and observed.source.revision is None
     assert (observed.num_experts, observed.top_k, observed.num_groups) == (tiny.NUM_EXPERTS, tiny.TOP_K, 1)
-    assert observed.settings == {"dtype": "float32", "max_length": MAX_LENGTH}
+    settings = dict(observed.settings)
+    assert len(settings.pop("tokenizer")) == 64
+    assert settings == {"dtype": "float32", "max_length": MAX_LENGTH}
     (record,) = observed.calibration
     assert len(record.digest) == 64 and record.sources[0]["source"] == text and record.sources[0]["samples"] == 23
 
@@ -283,7 +284,7 @@ def test_the_same_text_or_another_model_does_not_add_up(
     nudged = with_tensors(checkpoints["m2"], tmp_path / "nudged", nudge)
     with pytest.raises(PlanError, match="statistics of different routers do not add up"):
         combine([observed, observe(nudged, other_text, run=RUN, max_length=MAX_LENGTH)])
-    with pytest.raises(PlanError, match="statistics of different settings do not add up"):
+    with pytest.raises(PlanError, match=r"statistics of different max_length \(48 and 49\) do not add up"):
         combine([observed, observe(checkpoints["m2"], other_text, run=RUN, max_length=MAX_LENGTH + 1)])
 
 
@@ -293,17 +294,14 @@ def test_bfloat16_gives_nearly_the_same_scores(checkpoints: dict[str, Path], tex
         np.testing.assert_allclose(reap(rough.layers[index]), reap(layer), rtol=0.15)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_weight_is_reported_with_layer_and_micro_batch(
-    checkpoints: dict[str, Path], text: str, tmp_path: Path, value: float
+def test_an_output_that_overflows_is_reported_with_layer_expert_and_micro_batch(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path
 ) -> None:
-    def damage(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5, 5] = value
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][5] = 3e38
 
-    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", damage)
-    with pytest.raises(
-        DataError, match=r"layer 1, micro-batch \d+: an expert's output or gate weight is NaN or"
-    ) as caught:
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", enlarge)
+    with pytest.raises(DataError, match="layer 1, expert 3, micro-batch 0: its output or gate weight is NaN") as caught:
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
     assert "--dtype float32" in str(caught.value.hint)
     assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Forward"]
@@ -456,12 +454,12 @@ def test_an_interrupted_run_goes_on_after_its_last_finished_wave_to_the_same_bit
             if done / total >= stop_at:
                 raise KeyboardInterrupt
 
-        # Fewer waves would fit now; those that were begun with go on, since another order would round otherwise.
-        observation = many_waves(checkpoints["m2"], text, share=1 if stop_at == 0.4 else 3)
+        # Fewer waves than were begun with: each micro-batch adds to running totals, so that is the same to the bit.
+        observation = many_waves(checkpoints["m2"], text, share=1 if stop_at == 0.4 else 2)
         if stop_at < 1:
             with pytest.raises(KeyboardInterrupt):
                 observation.run(progress=progress, keep=keep)
-            assert 0 < Statistics.load(keep, unfinished=True).finished_waves < len(observation.batches)
+            assert 0 < Statistics.load(keep, unfinished=True).finished_batches < len(observation.batches)
         else:
             observation.run(progress=progress, keep=keep).save(tmp_path / "resumed")
         begun_at.append(shares[0])
@@ -473,7 +471,7 @@ def test_sums_of_an_interrupted_run_are_no_statistics(checkpoints: dict[str, Pat
     keep = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
         many_waves(checkpoints["m2"], text).run(progress=stop_past_half, keep=keep)
-    with pytest.raises(DataError, match=r"holds the sums of an interrupted run: \d+ of \d+ waves") as caught:
+    with pytest.raises(DataError, match=r"holds the sums of an interrupted run: \d+ of \d+ micro-batches") as caught:
         plans.plan(keep, ratio=0.25)
     assert caught.value.hint == "repeat the command that wrote it: it goes on from there"
 

@@ -14,9 +14,10 @@ from conftest import PlanFor
 from reapkit import plans
 from reapkit.criteria import Scores
 from reapkit.errors import PlanError, UsageError
-from reapkit.plans import PlannedSource, PruningPlan, num_kept, select
+from reapkit.layout import Identity
+from reapkit.plans import PruningPlan, num_kept, select
 
-SOURCE = PlannedSource("a/b", None, "l" * 64, "r" * 64)
+SOURCE = Identity("a/b", None, "l" * 64, "r" * 64, "w" * 64)
 
 
 def plan(**changes: Any) -> PruningPlan:
@@ -143,18 +144,23 @@ def test_a_missing_plan_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_a_plan_fits_its_checkpoint_and_no_other(plan_for: PlanFor, m2: Path) -> None:
     _, layout, fitting = plan_for(m2, 5)
-    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
-    fitting.require_fits(layout, **prints)
-    fitting.require_fits(layout, **{**prints, "layout_fingerprint": "of a sibling in another format"})
-    with pytest.raises(PlanError, match="the same tensors with other routers"):
-        fitting.require_fits(layout, **{**prints, "routing_fingerprint": "x"})
+    found = fitting.source
+    fitting.require_fits(layout, found)
+    fitting.require_fits(layout, replace(found, layout="of a sibling in another format", weights="in its bytes"))
+    fitting.require_fits(layout, replace(found, origin="under another name", revision="of a copy"))
+    with pytest.raises(
+        PlanError, match=r"the plan is for .* \(routers .*, and this checkpoint has other routers \(x\)"
+    ):
+        fitting.require_fits(layout, replace(found, routing="x"))
+    with pytest.raises(PlanError, match=r"this checkpoint has other weights \(x\)"):
+        fitting.require_fits(layout, replace(found, weights="x"))
     with pytest.raises(PlanError, match="the plan is for 9 experts per layer, and the checkpoint has 8"):
-        replace(fitting, num_experts=9).require_fits(layout, **prints)
+        replace(fitting, num_experts=9).require_fits(layout, found)
     with pytest.raises(PlanError, match=r"the MoE layer 2 is only in the checkpoint \(1 such layers\)"):
-        replace(fitting, kept={0: fitting.kept[0], 1: fitting.kept[1]}).require_fits(layout, **prints)
+        replace(fitting, kept={0: fitting.kept[0], 1: fitting.kept[1]}).require_fits(layout, found)
     edited = replace(fitting, top_k=1, kept=dict.fromkeys(fitting.kept, (3,)))
     with pytest.raises(PlanError, match="keeping 1 of 8 experts is fewer than the 2 that each token is routed to"):
-        edited.require_fits(layout, **prints)
+        edited.require_fits(layout, found)
 
 
 def test_a_random_plan_depends_on_its_seed_alone(m2: Path) -> None:
@@ -208,12 +214,12 @@ def test_a_saved_plan_remembers_what_was_not_measured(tmp_path: Path) -> None:
 
 def test_a_plan_with_mtp_layers_prunes_a_sibling_that_has_none(plan_for: PlanFor, m2: Path) -> None:
     _, layout, fitting = plan_for(m2, 4)
-    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
+    found = fitting.source
     with_mtp = fitting.with_mtp([3])
     for policy in (None, "drop"):
         alone = with_mtp.for_layout(layout, policy)
         assert alone.kept == fitting.kept and alone.unmeasured == {}
-        alone.require_fits(layout, **prints)
+        alone.require_fits(layout, found)
     with pytest.raises(UsageError, match="the checkpoint has no MTP layers with experts"):
         with_mtp.for_layout(layout, "same-as-last")
 
@@ -248,17 +254,17 @@ def test_mtp_layers_cannot_follow_a_plan_without_layers_of_its_own() -> None:
 
 def test_groups_must_keep_equally_many_and_enough_to_route_to(plan_for: PlanFor, m2: Path) -> None:
     _, layout, fitting = plan_for(m2, 4)
-    prints = {"layout_fingerprint": fitting.source.layout, "routing_fingerprint": fitting.source.routing}
+    found = fitting.source
     grouped = replace(layout, num_groups=2, topk_groups=1)
     even = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 3, 5, 6)))
-    even.require_fits(grouped, **prints)
+    even.require_fits(grouped, found)
     uneven = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 1, 2, 7)))
     with pytest.raises(PlanError, match="layer 0 of the plan keeps 1 to 3 experts per router group") as caught:
-        uneven.require_fits(grouped, **prints)
+        uneven.require_fits(grouped, found)
     assert caught.value.hint == "keep 2 in each of the 2 groups"
     few = replace(fitting, kept=dict.fromkeys(fitting.kept, (0, 1, 4, 5)), top_k=3)
     with pytest.raises(PlanError, match="leaves 2 in each of 2 router groups, and 3 are needed"):
-        few.require_fits(replace(grouped, top_k=3), **prints)
+        few.require_fits(replace(grouped, top_k=3), found)
     with pytest.raises(PlanError, match="leaves 1 in each of 4 router groups, and 2 are needed") as caught:
         plans.require_target(replace(layout, num_groups=4, topk_groups=4), criterion="reap", ratio=None, keep=4)
     assert caught.value.hint == "keep at least 8"

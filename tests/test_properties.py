@@ -14,8 +14,8 @@ import tiny
 from reapkit import plans, shards, verify
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.layout import Architecture, resolve
-from reapkit.plans import PlannedSource, PruningPlan
+from reapkit.layout import Architecture, Identity, resolve
+from reapkit.plans import PruningPlan
 from reapkit.tensors import encode_header, nbytes
 
 FAMILIES = [entry for entry in ARCHITECTURES if not entry.refusal]
@@ -94,9 +94,7 @@ def test_what_prune_writes_verifies_and_keeping_all_is_the_identity(
             layer: tuple(sorted(data.draw(st.permutations(range(layout.num_experts)))[:keep]))
             for layer in layout.layer_indices
         }
-        routing = checkpoint.fingerprint(layout.fingerprinted_names)
-        source = PlannedSource("x", None, checkpoint.layout_fingerprint, routing)
-        plan = PruningPlan(source, "random", layout.num_experts, layout.top_k, kept)
+        plan = PruningPlan(Identity.of(checkpoint, layout), "random", layout.num_experts, layout.top_k, kept)
         manifest = shards.write(checkpoint, layout, plan, Path(scratch) / "out")
         assert verify(Path(scratch) / "out", source=folder).problems == ()
         assert resolve(Checkpoint.open(Path(scratch) / "out"), ARCHITECTURES).num_experts == keep

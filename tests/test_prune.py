@@ -710,10 +710,12 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(plan_for: PlanFor, m2: 
     copy = shutil.copytree(m2, tmp_path / "copy")
     checkpoint, layout, plan = plan_for(copy, KEEP)
     last = checkpoint.files[-1]
-    with (copy / last).open("r+b") as stream:
-        stream.truncate((copy / last).stat().st_size - 1)
+
+    def shrink(task: str, done: float, total: float, unit: str) -> None:
+        os.truncate(copy / last, checkpoint.tensors["model.norm.weight"].stop - 1)
+
     with pytest.raises(CheckpointError, match=f"{last} has become shorter while it was read"):
-        shards.write(checkpoint, layout, plan, tmp_path / "out")
+        shards.write(checkpoint, layout, plan, tmp_path / "out", progress=shrink)
 
 
 # ---- folders that are refused
@@ -795,9 +797,18 @@ def test_a_damaged_marker_is_refused(plan_for: PlanFor, m2: Path, unfinished: Pa
 
 def test_two_runs_into_one_folder_do_not_meet(plan_for: PlanFor, m2: Path, unfinished: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
-    with (unfinished / UNFINISHED_NAME).open("rb") as stream:
+    lock = unfinished / "reapkit/lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        refuse(plan_for, m2, unfinished, f"another process is writing to {unfinished}")
+        refuse(plan_for, m2, unfinished, f"{unfinished} is being written by another process")
+        stream.write(b'{"process": 7, "host": "somewhere", "since": "2026-01-02 03:04:05"}')
+        stream.flush()
+        holder = "process 7 on somewhere since 2026-01-02 03:04:05"
+        refuse(plan_for, m2, unfinished, f"{unfinished} is being written by {holder}")
+    # The holder is gone, and so is its hold, although the file still says its name.
+    shards.write(*plan_for(m2, KEEP), unfinished)
+    assert not lock.exists()
 
 
 def test_a_read_only_disk_is_one_sentence(
@@ -829,7 +840,9 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_written(
 ) -> None:
     checkpoint, layout, _ = plan_for(m2, KEEP)
     other = plan_for(tiny.make_m2(tmp_path / "other", seed=1), KEEP)[2]
-    with pytest.raises(PlanError, match="and this checkpoint has the same tensors with other routers"):
+    with pytest.raises(
+        PlanError, match=r"the plan is for .*other \(routers .*\), and this checkpoint has other routers"
+    ):
         shards.write(checkpoint, layout, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from reapkit import statistics as module
+from reapkit import outputs
 from reapkit.errors import DataError, PlanError
-from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics, combine
+from reapkit.layout import Identity
+from reapkit.statistics import FORMAT, NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics, combine
 from reapkit.tensors import read_header
 
+SOURCE = Identity("org/model", None, "l" * 64, "r" * 64, "w" * 64)
+SETTINGS = {"dtype": "float32", "max_length": 2048, "tokenizer": "t" * 64}
 NUM_EXPERTS = 5
 
 
@@ -30,16 +35,13 @@ def statistics(seed: int = 0, domains: tuple[str, ...] = ("a", "b"), **changes: 
         f"digest-{seed}", 100 + seed, 0, ({"source": "a.jsonl:3", "rows": 3, "requested": None},)
     )
     described: dict[str, Any] = {
-        "origin": "org/model",
-        "revision": None,
-        "layout": "l" * 64,
-        "routing": "r" * 64,
+        "source": SOURCE,
         "num_experts": NUM_EXPERTS,
         "top_k": 2,
         "num_groups": 1,
         "unobserved": (),
         "domains": domains,
-        "settings": {"dtype": "float32", "max_length": 2048},
+        "settings": SETTINGS,
         "calibration": (record,),
         "layers": {1: layer(rows, seed), 10: layer(rows, seed + 100), 2: layer(rows, seed + 200)},
     }
@@ -59,7 +61,7 @@ def require_equal(one: Statistics, other: Statistics) -> None:
 
 
 def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
-    saved = statistics(domains=("a", "väld", "c.d-e"), revision="abc")
+    saved = statistics(domains=("a", "väld", "c.d-e"), source=replace(SOURCE, revision="abc"))
     saved.save(tmp_path / "deep/er/stats.safetensors")
     require_equal(saved, Statistics.load(tmp_path / "deep/er/stats.safetensors"))
     assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["stats.safetensors"]
@@ -74,17 +76,17 @@ def test_the_same_statistics_make_the_same_file(tmp_path: Path) -> None:
 def test_interrupted_saving_leaves_the_old_file_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "stats"
 
-    def save_half(arrays: Any, target: Path, metadata: Any) -> None:
-        target.write_bytes(b"half")
+    def write_half(target: FileIO, content: bytes) -> None:
+        target.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "save_file", save_half)
+        patch.setattr(outputs, "write_all", write_half)
         statistics().save(path)
     assert list(tmp_path.iterdir()) == []
     statistics().save(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "save_file", save_half)
+        patch.setattr(outputs, "write_all", write_half)
         statistics(seed=1).save(path)
     require_equal(statistics(), Statistics.load(path))
 
@@ -148,7 +150,7 @@ def test_an_inconsistent_file_is_refused(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.parametrize("described", ["{}", "[]", "not JSON", '{"calibration": [], "domains": ["a"], "extra": 1}'])
 def test_damaged_descriptions_are_refused(tmp_path: Path, described: str) -> None:
     statistics().save(tmp_path / "stats")
-    rewrite(tmp_path / "stats", metadata={module.FORMAT: described})
+    rewrite(tmp_path / "stats", metadata={FORMAT: described})
     with pytest.raises(DataError, match="is damaged"):
         Statistics.load(tmp_path / "stats")
 
@@ -188,9 +190,11 @@ def test_combining_in_any_order_gives_the_same_sums() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": "x"}, "statistics of different tensors do not add up"),
-        ({"routing": "x"}, "statistics of different routers do not add up"),
-        ({"settings": {"dtype": "bfloat16"}}, "statistics of different settings do not add up: .*float32.*bfloat16"),
+        ({"source": replace(SOURCE, layout="x")}, "statistics of different tensors do not add up"),
+        ({"source": replace(SOURCE, routing="x")}, "statistics of different routers do not add up"),
+        ({"source": replace(SOURCE, weights="x")}, "statistics of different weights do not add up"),
+        ({"settings": SETTINGS | {"dtype": "bfloat16"}}, r"of different dtype \(float32 and bfloat16\) do not add up"),
+        ({"settings": SETTINGS | {"tokenizer": "x"}}, "statistics of different tokenizer do not add up"),
         ({"layers": {1: layer(8, 0)}}, "statistics of different layers do not add up"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from reapkit import __version__
 from reapkit.errors import ReapkitError, UsageError, did_you_mean
+from reapkit.interrupts import heard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +50,7 @@ out = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 err = Console(stderr=True)
 
 EXIT_ANSWERED_NO = 3
-EXIT_INTERRUPTED = 130
+EXIT_SIGNALLED = 128  # plus the signal's number, as shells count: 130 for Ctrl-C
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -99,21 +101,26 @@ def _verb(function: Function) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with heard(_announce_stop):
+                function(*args, **kwargs)
         except ReapkitError as error:
             if kwargs.get("verbose"):
                 err.print_exception()
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             resumes = function.__name__ in ("observe", "prune", "compress")
             _note(
                 "interrupted" + ("; the same command goes on after the last finished wave or file" if resumes else "")
             )
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise typer.Exit(EXIT_SIGNALLED + getattr(interruption, "signum", signal.SIGINT)) from None
 
     app.command(function.__name__.rstrip("_"))(run)
     return function
+
+
+def _announce_stop(until: str) -> None:
+    _note(f"stopping when {until}; press Ctrl-C again to stop at once")
 
 
 def _print_error(error: ReapkitError) -> None:
@@ -194,7 +201,7 @@ def observe(
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
     from reapkit.observation import Observation
-    from reapkit.outputs import require_target, unfinished
+    from reapkit.outputs import require_target
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code)
@@ -205,9 +212,7 @@ def observe(
         _print_estimate(observation.estimate(), as_json=as_json)
         return
     with _progress(quiet) as progress:
-        statistics = observation.run(progress=progress, keep=unfinished(output))
-    statistics.save(output)
-    unfinished(output).unlink(missing_ok=True)
+        statistics = observation.write(output, progress=progress)
     if as_json:
         _print_json({"statistics": str(output), "tokens": statistics.num_tokens, "domains": list(statistics.domains),
                      "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip

@@ -13,7 +13,7 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
 from reapkit.layout import Architecture
 from reapkit.observation import Observation, Run
-from reapkit.outputs import unfinished
+from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.shards import OWN_FOLDER, Manifest
@@ -144,9 +144,10 @@ def compress(
     path = out / OWN_FOLDER / STATISTICS_NAME
     statistics = observed_before(path, observation)
     if statistics is None:
-        statistics = observation.run(progress=progress, keep=unfinished(path))
-        statistics.save(path)
-        unfinished(path).unlink(missing_ok=True)
+        statistics = observation.write(path, progress=progress)
+    else:
+        with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
+            discard(unfinished(path))
     choice = plans.choose(statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, seed=seed)
     manifest = shards.write(
         observation.checkpoint,
@@ -218,9 +219,9 @@ def observed_before(path: Path, observation: Observation) -> Statistics | None:
     if not path.exists():
         return None
     statistics = Statistics.load(path)
-    if observation.matches(statistics):
+    if (what := observation.differing(statistics)) is None:
         return statistics
     raise DataError(
-        f"{path} was observed on another model, text or settings",
+        f"{path} was observed on another model, text or settings: other {what}",
         hint="repeat the command that began this output, or give another folder",
     )

@@ -45,6 +45,10 @@ class OutputError(ReapkitError):
     """The output cannot be written where it was asked for."""
 
 
+class ResourceError(ReapkitError):
+    """The machine has too little memory for what was asked."""
+
+
 class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 

@@ -20,6 +20,9 @@ from reapkit.tensors import TensorInfo
 
 Role = Literal["expert", "router", "bias"]
 
+# What is read of each tensor to tell revisions apart: a page, of which training leaves no byte alone for long.
+SAMPLED_BYTES = 4096
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -288,6 +291,46 @@ class MoELayout:
         if claim is None or claim.start < 0:
             raise KeyError(name)
         return f"{name[: claim.start]}{expert}{name[claim.stop :]}"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which checkpoint something was made from: by its bytes, whatever it was called.
+
+    Attributes:
+        origin: how the user named it; revision: the hub's commit, where known.
+        layout: SHA-256 over names, dtypes and shapes.
+        routing: SHA-256 over the routers and selection biases of the decoder layers. Siblings, the same model in other formats, share
+            it, and differ in `layout`.
+        weights: SHA-256 over the first bytes of every tensor, of experts those of the first one: another revision has another one, also
+            where its routers were left alone.
+    """
+
+    origin: str
+    revision: str | None
+    layout: str
+    routing: str
+    weights: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, layout: MoELayout) -> Identity:
+        """Read from the routers whole, and a few kilobytes from every other tensor."""
+        sampled = [name for name in checkpoint.tensors if layout.expert_of.get(name, (0, 0))[1] == 0]
+        return cls(
+            checkpoint.origin,
+            checkpoint.revision,
+            checkpoint.layout_fingerprint,
+            checkpoint.fingerprint(layout.fingerprinted_names),
+            checkpoint.fingerprint(sampled, limit=SAMPLED_BYTES),
+        )
+
+    def differing(self, other: Identity, *, siblings: bool = False) -> str | None:
+        """What tells the models apart, None where nothing does; with `siblings` another format does not."""
+        if self.routing != other.routing:
+            return "routers"
+        if self.layout != other.layout:
+            return None if siblings else "tensors"
+        return "weights" if self.weights != other.weights else None
 
 
 def config_count(config: Mapping[str, Any], keys: Iterable[str], *, what: str) -> int:

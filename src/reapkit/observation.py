@@ -1,37 +1,40 @@
 """Observing: the model's own forward over the calibration text, layer by layer, summed into statistics.
 
-Weights are read once per wave, a wave being as many micro-batches as the activation budget holds. Sums add, so the number of waves
-does not change what is measured.
-
-Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs, S = rows of sums, E = experts,
-Q = the six sums.
+Weights are read once per wave, a wave being as many micro-batches as the activation budget holds. Every micro-batch adds to running
+totals, so the number of waves does not change what is measured.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from itertools import accumulate, pairwise
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
-from reapkit.experts import RoutedObserver, RoutedPairs, experts_of
-from reapkit.layout import MoELayout
+from reapkit.errors import DataError, ResourceError, UnsupportedError, UsageError, did_you_mean
+from reapkit.experts import experts_of
+from reapkit.interrupts import deferred, safe_point
+from reapkit.layout import Identity
+from reapkit.memory import free_memory
 from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, load_tokenizer
+from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.progress import Progress, silent
-from reapkit.statistics import NUM_FOLDS, SUM_NAMES, CalibrationRecord, LayerStatistics, Statistics
+from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics, differing
+from reapkit.sums import RoutedSums
 
+ACTIVATIONS = "suspended activations"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer:
 # 32,768 tokens x 8 experts x (2 x 1,536 + 3,072) values are 3.2 GB in bf16 on MiniMax-M2.
@@ -47,6 +50,12 @@ MAX_THREADS = 1024
 # Share of a matrix product's rate that a whole layer reaches: gathering, attention and small groups cost the rest. m2-nano on two CPU
 # cores reaches about a quarter, a MiniMax-M2 layer on an H100 about a third. Erring low makes the estimate of the time too long.
 LAYER_EFFICIENCY = 0.3
+# How long a wave should take at most, since it is lost when the process dies; and how many times as long as reading the weights at
+# least, so that reading stays hidden behind computing.
+WAVE_SECONDS = 120.0
+WAVE_READS = 2.0
+# No machine that runs such models is slower: below a wave's length at this rate, rates need not be measured.
+SLOWEST_FLOPS = 1e10
 # Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries.
 BUDGET_SHARE = 0.4
 
@@ -156,29 +165,33 @@ class Observation:
             self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
         )
         self.seed = seed
+        self.source = Identity.of(self.checkpoint, self.layout)
         self.settings: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_length": max_length,
+            "tokenizer": _tokenizer_fingerprint(tokenizer),
         }
         self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
-        budget = run.activation_budget or default_budget(self.model)
-        self.waves = split_into_waves(
-            self.batches,
-            budget=budget,
-            bytes_per_token=bytes_per_token(self.model),
-            max_batches=max_suspended(device),
-        )
+        self.budget = run.activation_budget or default_budget(self.model)
+        self.waves = self._split(self.batches)
+
+    @cached_property
+    def compute_rate(self) -> float:
+        """Tokens per second and layer, from matrix products measured for a third of a second."""
+        return _measure_flops(self.model.device, self.model.dtype) / _flops_per_token(self.model)
+
+    @cached_property
+    def disk_rate(self) -> float:
+        """Bytes per second, from reading up to 256 MB, the file possibly cached."""
+        return _measure_disk(self.checkpoint)
 
     def estimate(self) -> Estimate:
         """What `run` would take; measures matrix products and reading for about a second."""
         model, device = self.model, self.model.device
-        per_token = bytes_per_token(model)
-        held = max(sum(held_bytes(batch, per_token) for batch in wave) for wave in self.waves)
+        memory = self.memory()
         padded = sum(batch.input_ids_BT.size for batch in self.batches)
-        compute_rate = _measure_flops(device, model.dtype) / _flops_per_token(self.model)
-        disk_rate = _measure_disk(self.checkpoint)
         read = model.nbytes_per_pass * len(self.waves)
-        seconds = max(padded * len(model.layers) / compute_rate, read / disk_rate)
+        seconds = max(padded * len(model.layers) / self.compute_rate, read / self.disk_rate)
         sums = len(self.data.domains) * NUM_FOLDS * (6 * self.layout.num_experts + 1) + self.layout.num_experts
         return Estimate(
             tokens=self.data.num_tokens,
@@ -186,15 +199,71 @@ class Observation:
             batches=len(self.batches),
             waves=len(self.waves),
             hours=seconds / 3600,
-            device_bytes=2 * model.layer_nbytes + model.entry_nbytes + held + _batch_bytes(model, self.batches),
-            held_bytes=held,
+            device_bytes=sum(memory.values()),
+            held_bytes=memory[ACTIVATIONS],
             read_bytes=read,
             output_bytes=8 * sums * len(self.layout.layers),
-            compute_rate=compute_rate,
-            disk_rate=disk_rate,
+            compute_rate=self.compute_rate,
+            disk_rate=self.disk_rate,
             device=str(device),
             dtype=self.settings["dtype"],
         )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that a run takes on the device, on a CPU besides the process itself, by what they are for."""
+        model = self.model
+        per_token = bytes_per_token(model)
+        return {
+            "two layers": 2 * model.layer_nbytes,
+            "embeddings": model.entry_nbytes,
+            ACTIVATIONS: max(sum(held_bytes(batch, per_token) for batch in wave) for wave in self.waves),
+            "a running micro-batch": _batch_bytes(model, self.batches),
+        }
+
+    def require_memory(self) -> None:
+        """Raise ResourceError, with the numbers and what to lower, where the device has less memory free than a run takes."""
+        memory, free = self.memory(), free_memory(self.model.device)
+        if sum(memory.values()) <= free:
+            return
+        spared = free - sum(size for part, size in memory.items() if part != ACTIVATIONS)
+        smallest = max(held_bytes(batch, bytes_per_token(self.model)) for batch in self.batches)
+        raise ResourceError(
+            f"observing takes {sum(memory.values()) / 1e9:,.2f} GB on {self.model.device}, and {free / 1e9:,.2f} GB are free: "
+            + _parts(memory),
+            hint=f"--activation-budget {spared // 1_000_000}MB"
+            if spared > max(smallest, 1_000_000)
+            else "free some memory, or run where there is more: one layer and one micro-batch must fit",
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what was held where memory runs out all the same: others may take it during the run."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            # torch's own class for the device, and a plain RuntimeError for main memory.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
+                error
+            ):
+                raise
+            held = self.memory()[ACTIVATIONS]
+            raise ResourceError(
+                f"the memory of {self.model.device} ran out: observing was to take " + _parts(self.memory()),
+                hint=f"repeat the command with --activation-budget {max(held // 2_000_000, 1)}MB: it goes on where it stopped",
+            ) from error
+
+    def write(self, path: Path, *, progress: Progress = silent) -> Statistics:
+        """Observe all waves into a statistics file; the same call goes on where an interrupted one stopped.
+
+        Raises:
+            DataError, ResourceError: as in `run`.
+            OutputError: another run is writing to the file, or the system refuses.
+        """
+        with deferred("the running wave is done"), alone(path, lock_of(path)):
+            statistics = self.run(progress=progress, keep=unfinished(path))
+            statistics.save(path)
+            discard(unfinished(path))
+        return statistics
 
     def run(self, *, progress: Progress = silent, keep: Path | None = None) -> Statistics:
         """Observe all waves.
@@ -202,45 +271,50 @@ class Observation:
         Args:
             progress: told how far it is.
             keep: a file that holds the sums of the waves done so far, until all are; what an interrupted run left there is gone on
-                with, in the same waves, so that the result is the same to the bit.
+                with, to the same bits.
 
         Raises:
-            DataError: an activation is NaN or infinite; layer and batch are named. Or the file is another run's.
+            DataError: an activation is NaN or infinite; layer, expert and micro-batch are named. Or the file is another run's.
+            ResourceError: the device has too little memory.
             OutputError: the file cannot be written.
         """
+        self.require_memory()
+        with self._explained():
+            return self._run(progress, keep)
+
+    def _run(self, progress: Progress, keep: Path | None) -> Statistics:
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
         total = self.data.num_tokens * len({*range(len(self.model.layers)), *observed})
-        waves, begun = self.waves, self._begun(keep)
-        if begun is not None:
+        finished, waves = 0, self.waves
+        if (begun := self._begun(keep)) is not None:
             layers |= begun.layers
-            borders = [0, *accumulate(begun.waves)]
-            waves = [self.batches[start:stop] for start, stop in pairwise(borders)]
-        first = begun.finished_waves if begun is not None else 0
-        done = sum(int(batch.length_B.sum()) for wave in waves[:first] for batch in wave) * (
-            total // self.data.num_tokens
-        )
+            finished = begun.finished_batches
+            waves = self._split(self.batches[finished:])
+        sums = RoutedSums(layers, num_layers=self.layout.num_layers, device=self.model.device)
+        done = sum(int(batch.length_B.sum()) for batch in self.batches[:finished]) * (total // self.data.num_tokens)
         progress("observe", done, total, "tokens x layers")
-        for number_of_wave, wave in enumerate(waves[first:], start=first + 1):
-            sums = _LayerSums(num_rows, self.layout, self.model.device)
+        for wave in waves:
             observers = [sums.observer(batch) for batch in wave]
 
             def after_batch(
-                layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave, sums: _LayerSums = sums
+                layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave, before: int = finished
             ) -> None:
                 nonlocal done
-                sums.require_finite(layer, number)
-                if number == len(wave) - 1 and layer in layers:
-                    layers[layer].add(sums.take())
+                sums.require_finite(layer, before + number)
                 done += int(wave[number].length_B.sum())
                 progress("observe", done, total, "tokens x layers")
 
             inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
             with SuspendedForwards(self.model, inputs, images=images, observe=observers) as forwards:
                 forwards.run_layers(after_batch)
-            if keep is not None and number_of_wave < len(waves):
-                self._described(layers, waves=tuple(map(len, waves)), finished_waves=number_of_wave).save(keep)
+            finished += len(wave)
+            if keep is not None and finished < len(self.batches):
+                batches = {"batches": len(self.batches), "finished_batches": finished}
+                self._described(sums.totals(), **batches).save(keep)
+                safe_point()
+        layers = sums.totals()
         for index, layer in layers.items():
             layer.require_finite(index)
             # An MTP layer takes the next token, which the last ones of a document do not have.
@@ -258,9 +332,10 @@ class Observation:
         if keep is None or not keep.exists():
             return None
         begun = Statistics.load(keep, unfinished=True)
-        if not self.matches(begun) or sum(begun.waves) != len(self.batches):
+        what = self.differing(begun) or ("micro-batches" if begun.batches != len(self.batches) else None)
+        if what is not None:
             raise DataError(
-                f"{keep} holds the sums of an interrupted run on another model, text or settings",
+                f"{keep} holds the sums of an interrupted run on another model, text or settings: other {what}",
                 hint="repeat the command that began it, or remove the file",
             )
         return begun
@@ -270,10 +345,7 @@ class Observation:
             self.data.digest, self.data.num_tokens, self.seed, tuple(source.to_json() for source in self.data.sources)
         )
         return Statistics(
-            origin=self.checkpoint.origin,
-            revision=self.checkpoint.revision,
-            layout=self.checkpoint.layout_fingerprint,
-            routing=self.checkpoint.fingerprint(self.layout.fingerprinted_names),
+            source=self.source,
             num_experts=self.layout.num_experts,
             top_k=self.layout.top_k,
             num_groups=self.layout.num_groups,
@@ -285,78 +357,27 @@ class Observation:
             **progress,
         )
 
-    def matches(self, statistics: Statistics) -> bool:
-        """Whether statistics are what `run` would measure: same model, text and settings."""
-        return (
-            statistics.layout == self.checkpoint.layout_fingerprint
-            and statistics.routing == self.checkpoint.fingerprint(self.layout.fingerprinted_names)
-            and statistics.settings == self.settings
-            and [record.digest for record in statistics.calibration] == [self.data.digest]
+    def differing(self, statistics: Statistics) -> str | None:
+        """What tells statistics from those that `run` would measure: the model by its fingerprints, a setting, or the text."""
+        if (what := differing(self.source, self.settings, statistics.source, statistics.settings)) is not None:
+            return what
+        return None if [record.digest for record in statistics.calibration] == [self.data.digest] else "text"
+
+    def _split(self, parts: Sequence[CalibrationBatch]) -> list[list[CalibrationBatch]]:
+        """Waves that hold the budget, and that are short enough not to lose hours with one."""
+        model = self.model
+        layer_tokens = sum(batch.input_ids_BT.size for batch in parts) * len(model.layers)
+        shortest = 1
+        if layer_tokens * _flops_per_token(model) > SLOWEST_FLOPS * WAVE_SECONDS:
+            longest = max(WAVE_SECONDS, WAVE_READS * model.nbytes_per_pass / self.disk_rate)
+            shortest = math.ceil(layer_tokens / self.compute_rate / longest)
+        return split_into_waves(
+            parts,
+            budget=self.budget,
+            bytes_per_token=bytes_per_token(model),
+            max_batches=max_suspended(model.device),
+            min_waves=shortest,
         )
-
-
-class _LayerSums:
-    """The running layer's sums on the device; one more row than there are takes what padding was routed to."""
-
-    def __init__(self, num_rows: int, layout: MoELayout, device: torch.device) -> None:
-        num_experts = layout.num_experts
-        self._num_rows = num_rows
-        self._num_layers = layout.num_layers
-        self._num_experts = num_experts
-        self._device = device
-        self._sums_QSE = torch.zeros(6, (num_rows + 1) * num_experts, dtype=torch.float64, device=device)
-        self._max_SE = torch.zeros((num_rows + 1) * num_experts, dtype=torch.float32, device=device)
-        self._tokens_S = np.zeros(num_rows)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
-
-    def observer(self, batch: CalibrationBatch) -> RoutedObserver:
-        """What one micro-batch's forward shows its routed pairs to."""
-        row_B = batch.domain_B * NUM_FOLDS + batch.fold_B
-
-        @cache
-        def rows(ahead: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
-            """The row of every token that has so many behind it, and how many such tokens each row has."""
-            length_B = (batch.length_B - ahead).clip(0)
-            place_T = np.arange(batch.mask_BT.shape[1])
-            row_BT = np.where(place_T < length_B[:, None], row_B[:, None], self._num_rows)
-            tokens_S = np.bincount(row_B, weights=length_B, minlength=self._num_rows)
-            return torch.from_numpy(row_BT.reshape(-1)).to(self._device), tokens_S
-
-        def observe(pairs: RoutedPairs) -> None:
-            row_N, tokens_S = rows(max(0, pairs.layer - self._num_layers + 1))
-            self._add(pairs, row_N)
-            self._tokens_S += tokens_S
-
-        return observe
-
-    def _add(self, pairs: RoutedPairs, row_N: Tensor) -> None:
-        row_P = row_N[pairs.token_P]
-        place_P = row_P * self._num_experts + pairs.expert_P
-        norm_P, gate_P = pairs.norm_P.double(), pairs.gate_P.double()
-        gated_P = gate_P * norm_P
-        values_QP = torch.stack((torch.ones_like(norm_P), gate_P, norm_P, norm_P.square(), gated_P, gated_P.square()))
-        self._sums_QSE.index_add_(1, place_P, values_QP)
-        self._max_SE.scatter_reduce_(0, place_P, pairs.norm_P, "amax")
-        self._finite &= torch.isfinite(torch.where(row_P < self._num_rows, gated_P, 0.0)).all()
-
-    def require_finite(self, layer: int, number: int) -> None:
-        if not bool(self._finite):
-            raise DataError(
-                f"layer {layer}, micro-batch {number}: an expert's output or gate weight is NaN or infinite",
-                hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
-            )
-
-    def take(self) -> LayerStatistics:
-        """The sums since the last call, padding left out."""
-        sums_QSE = self._sums_QSE.view(6, -1, self._num_experts)[:, : self._num_rows].cpu().numpy().copy()
-        max_E = self._max_SE.view(-1, self._num_experts)[: self._num_rows].amax(0).double().cpu().numpy()
-        result = LayerStatistics(
-            tokens_S=self._tokens_S, **dict(zip(SUM_NAMES, sums_QSE, strict=True)), max_norm_E=max_E
-        )
-        self._sums_QSE.zero_()
-        self._max_SE.zero_()
-        self._tokens_S = np.zeros(self._num_rows)
-        return result
 
 
 def observe(
@@ -384,6 +405,18 @@ def observe(
     return observation.run(progress=progress)
 
 
+def _parts(memory: Mapping[str, int]) -> str:
+    return ", ".join(f"{size / 1e9:,.2f} GB for {part}" for part, size in memory.items())
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over what turns rows into tokens: the vocabulary with its merges, and the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    templates = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return hashlib.sha256(f"{templates}\n{words}".encode()).hexdigest()
+
+
 def bytes_per_token(model: StreamedModel) -> int:
     """Bytes that a suspended token holds."""
     return HELD_STATES * model.hidden_size * torch.empty((), dtype=model.dtype).element_size()
@@ -396,9 +429,9 @@ def held_bytes(batch: CalibrationBatch, bytes_per_token: int) -> int:
 
 
 def split_into_waves(
-    parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int, max_batches: int
+    parts: Sequence[CalibrationBatch], *, budget: int, bytes_per_token: int, max_batches: int, min_waves: int = 1
 ) -> list[list[CalibrationBatch]]:
-    """Micro-batches in as few waves as hold the budget and the number of batches, in order, and about equally long.
+    """Micro-batches in as few waves as hold the budget and the numbers of batches and waves, in order, and about equally long.
 
     Raises:
         UsageError: a single micro-batch is over the budget.
@@ -409,7 +442,7 @@ def split_into_waves(
             f"an activation budget of {budget:,} bytes is less than the {max(sizes):,} that one micro-batch holds",
             hint=f"--activation-budget {max(sizes)} or more, or a shorter --max-length",
         )
-    num_waves = max(-(-sum(sizes) // budget), -(-len(sizes) // max_batches))
+    num_waves = max(-(-sum(sizes) // budget), -(-len(sizes) // max_batches), min_waves)
     target = sum(sizes) / num_waves
     waves: list[list[CalibrationBatch]] = [[]]
     held = 0
@@ -431,20 +464,6 @@ def default_budget(model: StreamedModel) -> int:
     """A share of the memory that is free once two layers are loaded."""
     free = free_memory(model.device) - 2 * model.layer_nbytes
     return max(int(free * BUDGET_SHARE), 1 << 20)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device; for the CPU, available memory within the cgroup's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 4 << 30)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        # Cached file pages count as used, and are given back when memory is asked for.
-        counters = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
-        available = min(available, int(text) - int(used.read_text()) + int(counters["inactive_file"]))
-    return available
 
 
 def _batch_bytes(model: StreamedModel, parts: Sequence[CalibrationBatch]) -> int:

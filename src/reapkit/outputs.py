@@ -1,10 +1,14 @@
-"""Files that appear under their name only when they are whole, and one sentence for whatever the system refuses."""
+"""Files that appear under their name only when they are whole, one run at a time, and one sentence for whatever the system refuses."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import socket
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from reapkit.errors import OutputError
@@ -40,19 +44,132 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".unfinished")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside the target, bring it to the disk, and rename it.
+def discard(path: Path) -> None:
+    """Remove a file, and what a run that died may have left of writing it."""
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+
+
+def lock_of(path: Path) -> Path:
+    """What is held while a file is worked towards."""
+    return path.with_name(path.name + ".lock")
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a file that the user named.
 
     Raises:
-        OutputError: the system refuses; nothing is left under either name.
+        OutputError: the system refuses; nothing is left under its own name or another.
     """
     require_target(path)
-    partial = path.with_name(path.name + PARTIAL)
     with explained(path, hint="once that is cured, repeat the command"):
+        write_file(path, content)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name only when it is whole and on the disk."""
+    with appearing(path) as target:
+        write_all(target, content)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[FileIO]:
+    """A new file to write to, which gets its name when it is whole and on the disk; on an error nothing is left of it."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb", buffering=0) as stream:
+            yield stream
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_all(target: FileIO, content: bytes | memoryview) -> None:
+    """Write all of it: one call writes at most 2 GiB."""
+    view = memoryview(content)
+    while view:
+        view = view[target.write(view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where folders can be synced at all."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone(target: Path, lock: Path) -> Iterator[None]:
+    """Work on a target while no other run does; what a run that died left of its lock is taken over.
+
+    The system releases the lock of a process that ends in any way. The file says who holds it, and goes when the work ends.
+
+    Raises:
+        OutputError: another run holds the lock; the message says which.
+    """
+    with explained(target, hint="give another place with -o"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stream = _acquired(target, lock)
         try:
-            write(partial)
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            stream.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_all(
+                stream, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
+            )
+        except OSError:
+            lock.unlink(missing_ok=True)
+            stream.close()
+            raise
+    try:
+        yield
+    finally:
+        with stream, explained(target, hint=f"remove {lock}"):
+            lock.unlink(missing_ok=True)
+
+
+def _acquired(target: Path, lock: Path) -> FileIO:
+    while True:
+        stream = lock.open("a+b", buffering=0)
+        try:
+            if not _lock(stream, lock):
+                stream.seek(0)
+                raise OutputError(
+                    f"{target} is being written by {_holder(stream.read())}", hint="wait for it, or give another place"
+                )
+            # Its last holder may have removed the file between our opening and our locking it.
+            if lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _lock(stream: FileIO, lock: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: two runs at once go unnoticed
+        return True
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network folder without locks
+        return True
+    return True
+
+
+def _holder(text: bytes) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
+        return "another process"

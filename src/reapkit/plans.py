@@ -17,36 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from reapkit import criteria
+from reapkit import criteria, outputs
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Scores
 from reapkit.errors import CheckpointError, PlanError, UsageError
-from reapkit.layout import MoELayout
-from reapkit.outputs import write_whole
+from reapkit.layout import Identity, MoELayout
 from reapkit.statistics import Statistics
 from reapkit.tensors import parse_json
 
 FORMAT = "reapkit-plan-1"
 MTP_POLICIES = "same-as-last, same-as-layer-N or drop"
-
-
-@dataclass(frozen=True)
-class PlannedSource:
-    """The checkpoint that a plan is for.
-
-    Attributes:
-        origin: how it was named when it was observed.
-        revision: the hub's commit, where known.
-        layout: fingerprint of names, dtypes and shapes.
-        routing: fingerprint of the bytes of routers and selection biases.
-    """
-
-    origin: str
-    revision: str | None
-    layout: str
-    routing: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class PruningPlan:
         seed: of the random criterion, else None.
     """
 
-    source: PlannedSource
+    source: Identity
     criterion: str
     num_experts: int
     top_k: int
@@ -156,16 +138,14 @@ class PruningPlan:
             self, kept=kept | dict.fromkeys(layers, kept[like]), unmeasured=unmeasured | taken, drop_mtp=False
         )
 
-    def require_fits(self, layout: MoELayout, *, layout_fingerprint: str, routing_fingerprint: str) -> None:
-        """Raise PlanError unless the plan was made for this checkpoint, or for a sibling with the same routers.
-
-        Siblings (the same model in another format) differ in `layout` and share `routing`.
-        """
-        if routing_fingerprint != self.source.routing:
-            same = "the same tensors" if layout_fingerprint == self.source.layout else "other tensors"
+    def require_fits(self, layout: MoELayout, found: Identity) -> None:
+        """Raise PlanError unless the plan was made for this checkpoint, or for a sibling of it in another format."""
+        if (what := self.source.differing(found, siblings=True)) is not None:
+            name = {"routers": "routing"}.get(what, what)
+            revision = f" at {self.source.revision[:12]}" if self.source.revision else ""
             raise PlanError(
-                f"the plan is for {self.source.origin} (routers {self.source.routing[:12]}), and this checkpoint has {same} "
-                f"with other routers ({routing_fingerprint[:12]})",
+                f"the plan is for {self.source.origin}{revision} ({what} {getattr(self.source, name)[:12]}), and this checkpoint has "
+                f"other {what} ({getattr(found, name)[:12]})",
                 hint="make a plan from statistics of this checkpoint",
             )
         if self.num_experts != layout.num_experts:
@@ -210,7 +190,7 @@ class PruningPlan:
         head = json.dumps(described, indent=2)[: -len("\n}")]
         lines = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in kept.items())
         text = f'{head},\n  "kept": {{\n{lines}\n  }}\n}}\n'
-        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        outputs.save(path, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
@@ -241,7 +221,7 @@ class PruningPlan:
             if odd := [expert for experts in kept.values() for expert in experts if type(expert) is not int]:
                 raise ValueError(f"{odd[0]!r} is not the number of an expert")
             plan = cls(
-                source=PlannedSource(**described["source"]),
+                source=Identity(**described["source"]),
                 criterion=described["criterion"],
                 num_experts=int(described["num_experts"]),
                 top_k=int(described["top_k"]),
@@ -400,7 +380,7 @@ def choose(
     else:
         scores = criteria.score(statistics.layers, criterion)
     chosen = PruningPlan(
-        source=PlannedSource(statistics.origin, statistics.revision, statistics.layout, statistics.routing),
+        source=statistics.source,
         criterion=criterion,
         num_experts=num_experts,
         top_k=statistics.top_k,
@@ -437,9 +417,8 @@ def choose_for_checkpoint(
     """Choose by the criterion `random`, which needs a checkpoint alone."""
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
-    routing = checkpoint.fingerprint(layout.fingerprinted_names)
     chosen = PruningPlan(
-        source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
+        source=Identity.of(checkpoint, layout),
         criterion=criteria.RANDOM,
         num_experts=layout.num_experts,
         top_k=layout.top_k,

@@ -24,9 +24,10 @@ from reapkit import edits
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint
 from reapkit.edits import Copy, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError
-from reapkit.layout import MoELayout
-from reapkit.outputs import PARTIAL, explained
-from reapkit.plans import PlannedSource, PruningPlan
+from reapkit.interrupts import deferred, safe_point
+from reapkit.layout import Identity, MoELayout
+from reapkit.outputs import PARTIAL, alone, appearing, explained, sync_folder, write_all, write_file
+from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
 from reapkit.tensors import encode_header, parse_json
@@ -34,6 +35,7 @@ from reapkit.tensors import encode_header, parse_json
 FORMAT = "reapkit-manifest-1"
 OWN_FOLDER = "reapkit"
 PLAN_NAME = f"{OWN_FOLDER}/plan.json"
+LOCK_NAME = f"{OWN_FOLDER}/lock"
 RESUMED = "once that is cured, repeat the command: it goes on where it stopped"
 # transformers and vLLM both expect this entry in every shard.
 _METADATA = {"format": "pt"}
@@ -76,7 +78,7 @@ class Manifest:
         digests: SHA-256 by file name, recorded by the first verification that succeeds; None before.
     """
 
-    source: PlannedSource
+    source: Identity
     base_model: str | None
     criterion: str
     seed: int | None
@@ -120,7 +122,7 @@ class Manifest:
             kept = {int(layer): tuple(experts) for layer, experts in described.pop("kept").items()}
             unmeasured = {int(layer): like for layer, like in described.pop("unmeasured").items()}
             return cls(
-                source=PlannedSource(**described.pop("source")),
+                source=Identity(**described.pop("source")),
                 before=Size(**described.pop("before")),
                 after=Size(**described.pop("after")),
                 calibration=tuple(described.pop("calibration")),
@@ -158,9 +160,9 @@ def write(
         PlanError: the plan is for another model.
         OutputError: the folder is in use, inside the source, or cannot be written.
     """
-    routing = checkpoint.fingerprint(layout.fingerprinted_names)
+    source = Identity.of(checkpoint, layout)
     plan = plan.for_layout(layout, mtp)
-    plan.require_fits(layout, layout_fingerprint=checkpoint.layout_fingerprint, routing_fingerprint=routing)
+    plan.require_fits(layout, source)
     if plan.drop_mtp and layout.mtp_indices and not layout.architecture.mtp_keys:
         raise UnsupportedError(
             f"which key of {CONFIG_NAME} counts the MTP layers of {layout.architecture.name} is not known, so they cannot be dropped",
@@ -177,7 +179,7 @@ def write(
         layout,
         plan,
         shards,
-        routing=routing,
+        source=source,
         dequantize=dequantize,
         base_model=base_model,
     )
@@ -191,6 +193,9 @@ def write(
         **{name: content for name, content in sidecars.items() if content is not None},
     }
     if (done := finished(out)) is not None and replace(done, digests=None) == manifest:
+        if (out / LOCK_NAME).exists() and not dry_run:
+            with alone(out, out / LOCK_NAME):  # a run that was killed right after its end left it
+                pass
         return done
     refuse_folder(checkpoint, out)
     if dry_run:
@@ -238,14 +243,14 @@ def _describe(
     plan: PruningPlan,
     shards: Mapping[str, list[OutputTensor]],
     *,
-    routing: str,
+    source: Identity,
     dequantize: bool,
     base_model: str | None,
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
     form = read_format(checkpoint)
     return Manifest(
-        source=PlannedSource(checkpoint.origin, checkpoint.revision, checkpoint.layout_fingerprint, routing),
+        source=source,
         base_model=base_model,
         criterion=plan.criterion,
         seed=plan.seed,
@@ -313,35 +318,17 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
 
 @contextmanager
 def _claimed(out: Path, command: Mapping[str, Any], expected: Iterable[str]) -> Iterator[None]:
-    """Hold the folder's marker while its files are written, alone, and remove it when all are on the disk."""
-    out.mkdir(parents=True, exist_ok=True)
-    marker = out / UNFINISHED_NAME
-    if not marker.exists():
-        write_file(marker, (json.dumps(command, indent=2) + "\n").encode())
-    with marker.open("rb") as stream:
-        if not _lock(stream.fileno()):
-            raise OutputError(f"another process is writing to {out}", hint="wait for it, or give another folder")
-        _refuse_other_command(out, stream.read(), command)
+    """Work on the folder alone, with its marker in place from the first file on until all are on the disk."""
+    with alone(out, out / LOCK_NAME):
+        marker = out / UNFINISHED_NAME
+        if not marker.exists():
+            sync_folder(out.parent)
+            write_file(marker, (json.dumps(command, indent=2) + "\n").encode())
+        _refuse_other_command(out, marker.read_bytes(), command)
         _refuse_foreign_files(out, {*expected, UNFINISHED_NAME})
         yield
-        for folder in {out, *(path.parent for path in map(out.joinpath, expected))}:
-            _sync_folder(folder)
         marker.unlink()
-        _sync_folder(out)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: two runs at once into one folder go unnoticed
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network folder without locks
-        return True
-    return True
+        sync_folder(out)
 
 
 def _refuse_other_command(out: Path, text: bytes, command: Mapping[str, Any]) -> None:
@@ -385,11 +372,13 @@ def _write_shards(
         done += count
         progress("writing", done, total, "B")
 
-    for file, tensors in shards.items():
-        if file in whole:
-            advance(sizes[file])
-        else:
-            _write_shard(checkpoint, headers[file], tensors, out / file, advance)
+    with deferred("the running file is written"):
+        for file, tensors in shards.items():
+            if file in whole:
+                advance(sizes[file])
+            else:
+                _write_shard(checkpoint, headers[file], tensors, out / file, advance)
+            safe_point()
 
 
 def _is_whole(path: Path, size: int, header: bytes) -> bool:
@@ -417,14 +406,14 @@ def _write_shard(
     checkpoint: Checkpoint, header: bytes, tensors: list[OutputTensor], path: Path, advance: Advance
 ) -> None:
     source_file = tensors[0].info.file
-    with (checkpoint.path / source_file).open("rb", buffering=0) as source, _appearing(path) as target:
-        _write_all(target, header)
+    with (checkpoint.path / source_file).open("rb", buffering=0) as source, appearing(path) as target:
+        write_all(target, header)
         advance(len(header))
         for piece in _joined(_pieces(checkpoint, tensors)):
             if isinstance(piece, tuple):
                 _copy_range(source, target, *piece, file=source_file, advance=advance)
             else:
-                _write_all(target, piece)
+                write_all(target, piece)
                 advance(len(piece))
 
 
@@ -475,47 +464,13 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
         chunk = source.read(min(stop - start, _CHUNK_BYTES))
         if not chunk:
             raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
-        _write_all(target, chunk)
+        write_all(target, chunk)
         start += len(chunk)
         advance(len(chunk))
 
 
 def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-    with (checkpoint.path / name).open("rb") as source, _appearing(out / name) as target:
+    with (checkpoint.path / name).open("rb") as source, appearing(out / name) as target:
         while chunk := source.read(_CHUNK_BYTES):
-            _write_all(target, chunk)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file that appears under its name only when it is whole and on the disk."""
-    with _appearing(path) as target:
-        _write_all(target, content)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[FileIO]:
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb", buffering=0) as stream:
-        yield stream
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def _write_all(target: FileIO, content: bytes | memoryview) -> None:
-    # One call writes at most 2 GiB.
-    view = memoryview(content)
-    while view:
-        view = view[target.write(view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where folders can be synced at all."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            write_all(target, chunk)

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as encode
 
+from reapkit import outputs
 from reapkit.errors import DataError, PlanError, ReapkitError
-from reapkit.outputs import write_whole
+from reapkit.layout import Identity
 from reapkit.tensors import read_header
 
 Array = NDArray[np.float64]
@@ -96,22 +98,17 @@ class Statistics:
     """The sums of every MoE layer, with what they were measured on.
 
     Attributes:
-        origin: how the observed checkpoint was named; revision: the hub's commit or None.
-        layout: fingerprint of names, dtypes and shapes; routing: fingerprint of routers and selection biases.
+        source: the observed checkpoint.
         num_experts, top_k, num_groups: the observed model's routing.
         domains: names of the domains, in the order of the rows.
-        settings: what else decides the numbers (dtype, maximum length).
+        settings: what else decides the numbers (dtype, maximum length, tokenizer and chat template).
         calibration: the observed texts.
         unobserved: numbers of the layers with experts that lie on disk and that the model never runs (MTP layers).
         layers: sums by layer number.
-        waves, finished_waves: of a run that is not done, the number of micro-batches in each wave, and of waves whose sums are here;
-            empty and 0 in whole statistics.
+        batches, finished_batches: of a run that is not done, its micro-batches, and those whose sums are here; 0 in whole statistics.
     """
 
-    origin: str
-    revision: str | None
-    layout: str
-    routing: str
+    source: Identity
     num_experts: int
     top_k: int
     num_groups: int
@@ -120,8 +117,8 @@ class Statistics:
     calibration: tuple[CalibrationRecord, ...]
     unobserved: tuple[int, ...]
     layers: Mapping[int, LayerStatistics] = field(repr=False)
-    waves: tuple[int, ...] = ()
-    finished_waves: int = 0
+    batches: int = 0
+    finished_batches: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -141,17 +138,12 @@ class Statistics:
         described = {
             part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("layers", "calibration")
         }
+        described["source"] = vars(self.source)
         described["calibration"] = [vars(record) for record in self.calibration]
         # One entry: the library writes several in an order that changes from run to run.
         metadata = {FORMAT: json.dumps(described, sort_keys=True)}
 
-        def write(partial: Path) -> None:
-            try:
-                save_file(arrays, partial, metadata=metadata)
-            except SafetensorError as error:  # how the library passes on what the system refuses
-                raise OSError(None, str(error)) from error
-
-        write_whole(path, write)
+        outputs.save(path, encode(arrays, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path, *, unfinished: bool = False) -> Statistics:
@@ -181,8 +173,9 @@ class Statistics:
                 CalibrationRecord(record["digest"], record["tokens"], record["seed"], tuple(record["sources"]))
                 for record in described.pop("calibration")
             )
-            for name in ("domains", "unobserved", "waves"):
+            for name in ("domains", "unobserved"):
                 described[name] = tuple(described[name])
+            described["source"] = Identity(**described["source"])
             result = cls(**described, calibration=records, layers=layers)
             if not layers:
                 raise ValueError("no layers")
@@ -199,12 +192,22 @@ class Statistics:
             raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
         for index, layer in layers.items():
             layer.require_finite(index)
-        if result.waves and not unfinished:
+        if result.batches and not unfinished:
             raise DataError(
-                f"{path} holds the sums of an interrupted run: {result.finished_waves} of {len(result.waves)} waves",
+                f"{path} holds the sums of an interrupted run: {result.finished_batches:,} of {result.batches:,} micro-batches",
                 hint="repeat the command that wrote it: it goes on from there",
             )
         return result
+
+
+def differing(
+    source: Identity, settings: Mapping[str, Any], other_source: Identity, other_settings: Mapping[str, Any]
+) -> str | None:
+    """What tells two observations apart, whatever the text: the model, or the name of a setting; None where nothing does."""
+    if (what := source.differing(other_source)) is not None:
+        return what
+    names = sorted(settings.keys() | other_settings.keys())
+    return next((name for name in names if settings.get(name) != other_settings.get(name)), None)
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
@@ -215,11 +218,13 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     """
     first = parts[0]
     for part in parts[1:]:
-        for name, what in (("layout", "tensors"), ("routing", "routers"), ("settings", "settings")):
-            if getattr(part, name) != getattr(first, name):
-                raise PlanError(
-                    f"statistics of different {what} do not add up: {getattr(first, name)} and {getattr(part, name)}"
-                )
+        if (what := differing(first.source, first.settings, part.source, part.settings)) is not None:
+            values = (
+                f" ({first.settings.get(what)} and {part.settings.get(what)})"
+                if what in ("dtype", "max_length")
+                else ""
+            )
+            raise PlanError(f"statistics of different {what}{values} do not add up")
         if part.layers.keys() != first.layers.keys():
             raise PlanError("statistics of different layers do not add up")
     records = [record for part in parts for record in part.calibration]
@@ -237,10 +242,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     described = {
         name: getattr(first, name)
         for name in (
-            "origin",
-            "revision",
-            "layout",
-            "routing",
+            "source",
             "num_experts",
             "top_k",
             "num_groups",

@@ -31,7 +31,7 @@ from reapkit.checkpoint import (
     shard_path,
 )
 from reapkit.errors import CheckpointError, ReapkitError
-from reapkit.layout import MoELayout, StackedTensor, resolve
+from reapkit.layout import Identity, MoELayout, StackedTensor, resolve
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
 from reapkit.quantization import Format, read_format
@@ -149,9 +149,7 @@ def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tu
             hint="say where the source is with --source",
         ) from None
     layout = resolve(checkpoint, ARCHITECTURES)
-    routing = checkpoint.fingerprint(layout.fingerprinted_names)
-    if (checkpoint.layout_fingerprint, routing) != (planned.layout, planned.routing):
-        what = "tensors" if checkpoint.layout_fingerprint != planned.layout else "routers"
+    if (what := planned.differing(Identity.of(checkpoint, layout))) is not None:
         raise CheckpointError(
             f"{checkpoint.origin} is not the checkpoint that {out} was made from: it has other {what}",
             hint=f"it was made from {planned.origin}" + (f" at {planned.revision}" if planned.revision else ""),

@@ -1,0 +1,75 @@
+"""Ctrl-C: at the next safe point where work would be lost, at once where none would be; pressed again, at once everywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user, or whoever runs the machine, asked the program to stop.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+@dataclass
+class _State:
+    until: str | None = None
+    signum: int | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def deferred(until: str) -> Iterator[None]:
+    """Work that is stopped at its safe points alone; `until` says when the next one comes, as in "until the wave is done"."""
+    before, _state.until = _state.until, until
+    try:
+        yield
+    finally:
+        _state.until = before
+
+
+def safe_point() -> None:
+    """Stop here if that was asked for: nothing is lost.
+
+    Raises:
+        Interrupted: it was.
+    """
+    if _state.signum is not None:
+        raise Interrupted(_state.signum)
+
+
+@contextmanager
+def heard(announce: Callable[[str], None]) -> Iterator[None]:
+    """Listen to SIGINT and SIGTERM; `announce` is told when the work that defers them will stop."""
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        if _state.until is None or _state.signum is not None:
+            raise Interrupted(signum)
+        _state.signum = signum
+        announce(_state.until)
+
+    _state.signum = None
+    if threading.current_thread() is not threading.main_thread():  # where the system delivers no signals
+        yield
+        return
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
