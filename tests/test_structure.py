@@ -15,10 +15,21 @@ import reapkit
 SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "outputs", "tensors"),
+    ("errors", "progress", "interrupts", "outputs", "tensors"),
     ("checkpoint", "quantization", "layout", "architectures"),
     ("statistics", "criteria", "plans"),
-    ("calibration", "formats", "experts", "modules", "inventory", "observation", "fidelity"),
+    (
+        "calibration",
+        "formats",
+        "kernels",
+        "experts",
+        "modules",
+        "memory",
+        "sums",
+        "inventory",
+        "observation",
+        "fidelity",
+    ),
     ("edits", "shards", "verification"),
     ("compression", "cli"),
 )

@@ -1,0 +1,213 @@
+"""Fused kernels for CUDA, in Triton: what lies between the matrix products of a MoE layer, and the sums over routed pairs.
+
+The products themselves are `grouped_mm`'s, which no kernel of ours beat (benchmarks/RESULTS.md). What remains moves bytes, so each kernel
+reads its inputs once and writes its outputs once, and its floor is bytes over the memory's bandwidth. With 32,768 tokens of MiniMax-M2
+(K = 8, D = 3,072, I = 1,536, bfloat16) on an H200, of which a copy reaches 4.3 TB/s:
+
+| kernel | bytes | floor |
+|---|---|---|
+| `gather` | P D read (mostly from the cache), P D written: 1.8 to 3.2 GB | 0.4 to 0.75 ms |
+| `swiglu` | 2 P I read, P I written: 2.4 GB | 0.56 ms |
+| `combine` | P D read, N D written: 1.8 GB | 0.42 ms |
+| `add_pairs` | some 20 bytes a pair: 5 MB | launch |
+
+The products take 3 x 2 P D I = 7.4 TFLOP, 10.8 ms at 690 TFLOP/s. Nothing here waits for the device, and no kernel uses atomic additions:
+every result has the same bits in every run.
+
+Imported only where there is a GPU and Triton; `experts` and `sums` hold the plain versions of the same functions.
+
+Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
+E = experts, D = hidden size, I = inner size of an expert, S = rows of sums, Q = the six sums.
+"""
+
+# mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values of a row that one program holds at once; a power of two, and longer rows take several rounds.
+_COLUMNS = 4096
+# Pairs that a program of `add_pairs` takes at a time: an expert of MiniMax-M2 gets about a thousand of 32,768 tokens.
+_PAIRS = 1024
+
+
+@triton.jit
+def _gather_kernel(hidden, token, result, width, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    source = tl.load(token + pair).to(tl.int64)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        values = tl.load(hidden + source * width + column, mask=column < width)
+        tl.store(result + pair * width + column, values, mask=column < width)
+
+
+def gather(hidden_ND: Tensor, token_P: Tensor) -> Tensor:
+    """`hidden_ND[token_P]`, [P, D]."""
+    hidden_ND = hidden_ND.contiguous()
+    width = hidden_ND.shape[1]
+    result = hidden_ND.new_empty(len(token_P), width)
+    if len(token_P):
+        _gather_kernel[(len(token_P),)](hidden_ND, token_P, result, width, BLOCK=_block(width), num_warps=4)
+    return result
+
+
+@triton.jit
+def _swiglu_kernel(gate_up, result, width, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up + 2 * pair * width + column, mask=inside, other=0.0)
+        up = tl.load(gate_up + (2 * pair + 1) * width + column, mask=inside, other=0.0)
+        wide = gate.to(tl.float32)
+        activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+        tl.store(result + pair * width + column, (activated * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+def swiglu(gate_up_P2I: Tensor) -> Tensor:
+    """`silu(gate) * up`, [P, I], of the halves of a contiguous [P, 2 I]; rounded after `silu` too, as the modules do."""
+    width = gate_up_P2I.shape[1] // 2
+    result = gate_up_P2I.new_empty(len(gate_up_P2I), width)
+    if len(result):
+        _swiglu_kernel[(len(result),)](gate_up_P2I.contiguous(), result, width, BLOCK=_block(width), num_warps=4)
+    return result
+
+
+@triton.jit
+def _combine_kernel(out, gate, place, result, norm, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    if width <= BLOCK:
+        column = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(TOP_K):
+            pair = tl.load(place + token * TOP_K + k).to(tl.int64)
+            values = tl.load(out + pair * width + column, mask=column < width, other=0.0).to(tl.float32)
+            tl.store(norm + pair, tl.sqrt_rn(tl.sum(values * values, 0)))
+            total += values * tl.load(gate + pair).to(tl.float32)
+        tl.store(result + token * width + column, total.to(result.dtype.element_ty), mask=column < width)
+    else:
+        for k in tl.static_range(TOP_K):
+            pair = tl.load(place + token * TOP_K + k).to(tl.int64)
+            squares = tl.zeros([BLOCK], tl.float32)
+            for first in range(0, width, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                values = tl.load(out + pair * width + column, mask=column < width, other=0.0).to(tl.float32)
+                squares += values * values
+            tl.store(norm + pair, tl.sqrt_rn(tl.sum(squares, 0)))
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            for k in tl.static_range(TOP_K):
+                pair = tl.load(place + token * TOP_K + k).to(tl.int64)
+                values = tl.load(out + pair * width + column, mask=column < width, other=0.0).to(tl.float32)
+                total += values * tl.load(gate + pair).to(tl.float32)
+            tl.store(result + token * width + column, total.to(result.dtype.element_ty), mask=column < width)
+
+
+def combine(
+    out_PD: Tensor, gate_P: Tensor, order_P: Tensor, *, top_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of every token's pairs and the norm of every pair, from one reading of the experts' outputs.
+
+    Args:
+        out_PD: the experts' outputs.
+        gate_P: coefficients.
+        order_P: int64, the place of a pair before pairs were sorted by expert, where a token's `top_k` pairs were neighbours.
+        dtype: of the sum, which is taken in float32 in the order of the token's pairs.
+
+    Returns:
+        [N, D], and float32 [P]: L2 norms in float32.
+    """
+    width = out_PD.shape[1]
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    result = out_PD.new_empty(len(order_P) // top_k, width, dtype=dtype)
+    norm_P = out_PD.new_empty(len(out_PD), dtype=torch.float32)
+    if len(result):
+        _combine_kernel[(len(result),)](
+            out_PD.contiguous(), gate_P, place_P, result, norm_P, width, TOP_K=top_k, BLOCK=_block(width), num_warps=8
+        )
+    return result, norm_P
+
+
+@triton.jit
+def _add_pairs_kernel(
+    norm, gate, token, row, end, sums, largest, first_bad, num_rows, num_experts, stride, BLOCK: tl.constexpr
+):
+    expert = tl.program_id(0)
+    own_row = tl.program_id(1)
+    begin = tl.load(end + expert - 1, mask=expert > 0, other=0)
+    stop = tl.load(end + expert)
+    count = tl.zeros([BLOCK], tl.float64)
+    gates = tl.zeros([BLOCK], tl.float64)
+    norms = tl.zeros([BLOCK], tl.float64)
+    norms_sq = tl.zeros([BLOCK], tl.float64)
+    gated = tl.zeros([BLOCK], tl.float64)
+    gated_sq = tl.zeros([BLOCK], tl.float64)
+    maximum = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for first in range(begin, stop, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        inside = pair < stop
+        place = tl.load(token + pair, mask=inside, other=0)
+        own = tl.load(row + place, mask=inside, other=-1) == own_row
+        n32 = tl.load(norm + pair, mask=own, other=0.0)
+        g = tl.load(gate + pair, mask=own, other=0.0).to(tl.float64)
+        n = n32.to(tl.float64)
+        product = g * n
+        count += own.to(tl.float64)
+        gates += g
+        norms += n
+        norms_sq += n * n
+        gated += product
+        gated_sq += product * product
+        maximum = tl.maximum(maximum, n32)
+        bad = bad | (~(tl.abs(product) < float("inf"))).to(tl.int32)
+    at = sums + own_row * num_experts + expert
+    tl.store(at, tl.load(at) + tl.sum(count, 0))
+    tl.store(at + stride, tl.load(at + stride) + tl.sum(gates, 0))
+    tl.store(at + 2 * stride, tl.load(at + 2 * stride) + tl.sum(norms, 0))
+    tl.store(at + 3 * stride, tl.load(at + 3 * stride) + tl.sum(norms_sq, 0))
+    tl.store(at + 4 * stride, tl.load(at + 4 * stride) + tl.sum(gated, 0))
+    tl.store(at + 5 * stride, tl.load(at + 5 * stride) + tl.sum(gated_sq, 0))
+    at_largest = largest + own_row * num_experts + expert
+    tl.store(at_largest, tl.maximum(tl.load(at_largest), tl.max(maximum, 0)))
+    # The smallest of whole numbers does not depend on the order, as a sum would.
+    if tl.max(bad, 0) > 0:
+        tl.atomic_min(first_bad, expert)
+
+
+def add_pairs(
+    norm_P: Tensor,
+    gate_P: Tensor,
+    token_P: Tensor,
+    expert_P: Tensor,
+    row_N: Tensor,
+    *,
+    sums_QSE: Tensor,
+    max_SE: Tensor,
+    num_rows: int,
+    first_bad: Tensor,
+) -> None:
+    """Add a micro-batch's pairs to a layer's totals, in place; one program owns the totals of one expert in one row.
+
+    Args:
+        norm_P, gate_P, token_P, expert_P: as in `experts.RoutedPairs`, sorted by expert.
+        row_N: the row to which a token belongs; those from `num_rows` on are left out.
+        sums_QSE: float64 [6, S, E], contiguous: counts, gates, norms, their squares, gated norms, their squares.
+        max_SE: float32 [S, E], the largest norms.
+        num_rows: rows that are added to, at most S.
+        first_bad: int32 scalar, lowered to the first expert with a gated norm that is NaN or infinite.
+    """
+    num_experts = sums_QSE.shape[-1]
+    end_E = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True).int()
+    _add_pairs_kernel[(num_experts, num_rows)](
+        norm_P, gate_P, token_P, row_N, end_E, sums_QSE, max_SE, first_bad, num_rows, num_experts, sums_QSE.stride(0),
+        BLOCK=_PAIRS, num_warps=4,
+    )  # fmt: skip
+
+
+def _block(width: int) -> int:
+    return min(int(triton.next_power_of_2(width)), _COLUMNS)
