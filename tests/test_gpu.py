@@ -9,21 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import quantized
 from families import FAMILIES, Family, make
 from reapkit import criteria, plans
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
+from reapkit.errors import DataError
+from reapkit.experts import RoutedPairs, fused_kernels
 from reapkit.formats import decode
 from reapkit.layout import resolve
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
 from reapkit.observation import Observation, Run, observe
 from reapkit.quantization import read_format
-from reapkit.statistics import SUM_NAMES
+from reapkit.statistics import SUM_NAMES, LayerStatistics
+from reapkit.sums import RoutedSums
 from streaming import full_model, streamed_logits, token_batches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+kernels: Any = fused_kernels(torch.device("cuda")) if torch.cuda.is_available() else None
 
 M2_NANO = Path(__file__).parents[1] / "models/m2-nano"
 
@@ -32,7 +39,7 @@ M2_NANO = Path(__file__).parents[1] / "models/m2-nano"
 def test_streamed_logits_equal_the_loaded_models_bit_for_bit(dtype: torch.dtype) -> None:
     checkpoint = Checkpoint.open(M2_NANO)
     layout = resolve(checkpoint, ARCHITECTURES)
-    streamed = StreamedModel(checkpoint, layout, device=torch.device("cuda:0"), dtype=dtype)
+    streamed = StreamedModel(checkpoint, layout, device=torch.device("cuda:0"), dtype=dtype, plain=True)
     full = full_model(M2_NANO, dtype=dtype, experts=EXPERTS_NAME).cuda()
     inputs = [np.random.default_rng(i).integers(3, 2000, (2, 33 + i)) for i in range(3)]
     with SuspendedForwards(streamed, inputs) as forwards:
@@ -40,6 +47,95 @@ def test_streamed_logits_equal_the_loaded_models_bit_for_bit(dtype: torch.dtype)
         for ids_BT, logits_BTV in zip(inputs, forwards.logits(), strict=True):
             with torch.inference_mode():
                 assert torch.equal(full(torch.from_numpy(ids_BT).cuda(), use_cache=False).logits, logits_BTV)
+
+
+# ---- fused kernels, on fresh random values in every run
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of the largest value: a rounding or two in the dtype.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def routed_pairs(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts and places of pairs sorted by expert, and the coefficients."""
+    chosen = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+    expert_P, order_P = torch.sort(chosen.reshape(-1), stable=True)
+    return expert_P, order_P, torch.rand(len(order_P), device="cuda")
+
+
+@pytest.mark.parametrize("width", [96, 3072, 6144])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathering_swiglu_and_norms_equal_plain_torch(dtype: torch.dtype, width: int) -> None:
+    hidden_ND = torch.randn(77, width, device="cuda").to(dtype)
+    token_P = torch.randint(77, (301,), device="cuda")
+    assert torch.equal(kernels.gather(hidden_ND, token_P), hidden_ND[token_P])
+    gate, up = hidden_ND.chunk(2, -1)
+    ours = kernels.swiglu(hidden_ND)
+    assert (ours - torch.nn.functional.silu(gate) * up).abs().max() <= ROUNDING[dtype] * ours.abs().max()
+    norm = LlamaRMSNorm(width, eps=1e-6).to("cuda", dtype)
+    norm.weight.data.normal_()
+    ours = kernels.rms_norm(hidden_ND.view(7, 11, width), norm.weight, 1e-6)
+    assert (ours - norm(hidden_ND.view(7, 11, width))).abs().max() <= ROUNDING[dtype] * ours.abs().max()
+
+
+@pytest.mark.parametrize("width", [96, 3072, 6144])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combining_equals_a_sum_in_float64(dtype: torch.dtype, width: int) -> None:
+    _, order_P, gate_P = routed_pairs(50, 16, 4)
+    out_PD = torch.randn(len(order_P), width, device="cuda").to(dtype)
+    ours_ND, norm_P = kernels.combine(out_PD, gate_P, order_P, top_k=4, dtype=dtype)
+    wide = torch.zeros_like(out_PD, dtype=torch.float64)
+    wide[order_P] = out_PD.double() * gate_P.double()[:, None]
+    expected_ND = wide.view(50, 4, width).sum(1)
+    assert (ours_ND.double() - expected_ND).abs().max() <= ROUNDING[dtype] * expected_ND.abs().max()
+    assert torch.allclose(norm_P.double(), out_PD.double().norm(dim=-1), rtol=1e-6)
+
+
+def test_adding_pairs_equals_the_plain_sums_twice_to_the_same_bits() -> None:
+    rows, experts = 8, 16
+    expert_P, order_P, gate_P = routed_pairs(5000, experts, 4)
+    pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, torch.rand(len(order_P), device="cuda"))
+    row_N = torch.randint(rows + 1, (5000,), device="cuda")  # the last row is padding
+    begun = {0: LayerStatistics.zeros(rows, experts)}
+    totals = []
+    for used in (None, kernels, kernels):
+        sums = RoutedSums(begun, num_layers=1, device=torch.device("cuda:0"), kernels=used)
+        for number in range(2):
+            sums._layers[0].add(pairs, row_N, np.zeros(rows), number)
+        sums.require_finite(0)
+        totals.append(sums.totals()[0])
+    plain, fused, again = totals
+    assert np.array_equal(plain.count_SE, fused.count_SE) and np.array_equal(plain.max_norm_E, fused.max_norm_E)
+    for name in SUM_NAMES:
+        assert np.allclose(getattr(plain, name), getattr(fused, name), rtol=1e-12)
+        assert np.array_equal(getattr(fused, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("used", [None, kernels], ids=["plain", "fused"])
+def test_what_is_not_finite_is_named_with_micro_batch_and_expert(used: Any) -> None:
+    expert_P, order_P, gate_P = routed_pairs(500, 16, 4)
+    norm_P = torch.rand(len(order_P), device="cuda")
+    sums = RoutedSums({0: LayerStatistics.zeros(4, 16)}, num_layers=1, device=torch.device("cuda:0"), kernels=used)
+    for number in range(3):
+        if number == 1:
+            norm_P[(expert_P == 5).nonzero()[3]] = float("nan")
+            norm_P[(expert_P == 9).nonzero()[0]] = float("inf")
+        pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, norm_P)
+        sums._layers[0].add(pairs, torch.zeros(500, dtype=torch.int64, device="cuda"), np.zeros(4), number)
+    with pytest.raises(DataError, match="layer 0, expert 5, micro-batch 1"):
+        sums.require_finite(0)
+
+
+def test_m2_nano_keeps_the_same_experts_by_plain_and_by_fused_kernels_but_for_near_ties() -> None:
+    plain, fused = (nano_sums(device="cuda", dtype="float32", plain=is_plain) for is_plain in (True, False))
+    scores = criteria.score(plain.layers, "reap")
+    kept = [plans.select(criteria.score(part.layers, "reap"), keep=36) for part in (plain, fused)]
+    for layer, score_E in scores.score_E.items():
+        border = np.sort(score_E)[-36]
+        for expert in set(kept[0][layer]) ^ set(kept[1][layer]):
+            print(json.dumps({"layer": layer, "expert": expert, "distance": abs(score_E[expert] / border - 1)}))
+            assert abs(score_E[expert] / border - 1) < 1e-3
 
 
 def nano_sums(**run: Any) -> Any:

@@ -119,10 +119,19 @@ class Checkpoint:
             CheckpointError: the shard has shrunk since it was opened.
         """
         buffer = bytearray(info.nbytes)
+        self.read_into(info, memoryview(buffer))
+        return buffer
+
+    def read_into(self, info: TensorInfo, view: memoryview) -> None:
+        """Fill memory of the tensor's size with its bytes; may run in several threads at once.
+
+        Raises:
+            CheckpointError: the shard has shrunk since it was opened.
+        """
         try:
             with (self.path / info.file).open("rb", buffering=0) as stream:
                 stream.seek(info.start)
-                view, filled = memoryview(buffer), 0
+                filled = 0
                 while filled < info.nbytes:
                     count = stream.readinto(view[filled:])
                     if not count:
@@ -130,7 +139,6 @@ class Checkpoint:
                     filled += count
         except OSError as error:
             raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
-        return buffer
 
     def fingerprint(self, names: Iterable[str], *, limit: int | None = None) -> str:
         """SHA-256 over the bytes of the named tensors, or the first `limit` bytes of each, in the order of their names."""

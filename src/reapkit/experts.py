@@ -4,7 +4,7 @@ transformers has a registry of experts functions, which most families go through
 the chosen experts and the final coefficients. `observed_experts` is one more of them. Families that do not use the registry are brought
 to the same function by the small adapters at the end.
 
-What is written here in torch is the reference; on a GPU with Triton, `kernels` takes the same steps with fewer passes over memory.
+What is written here in torch is the reference; forwards that run with `kernels` take the same steps with fewer passes over memory.
 
 Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
 E = experts, Z = zero experts, D = hidden size, I = inner size of an expert.
@@ -16,7 +16,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -50,10 +50,11 @@ RoutedObserver = Callable[[RoutedPairs], None]
 
 
 class _Running(threading.local):
-    """The forward that runs in this thread: the layer that it is in, and who observes it."""
+    """The forward that runs in this thread: the layer that it is in, who observes it, and the fused kernels that it may use."""
 
     layer: int = -1
     observe: RoutedObserver | None = None
+    kernels: ModuleType | None = None
 
 
 running = _Running()
@@ -80,8 +81,8 @@ def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: T
             return _grouped_linear(inputs, weight_E, expert_P, bias_P=bias, is_transposed=self.is_transposed)
 
         inner = project(hidden_PD, "gate_up_proj" if self.has_gate else "up_proj")
-        if (kernels := kernels_for(inner)) is not None and _is_swiglu(self):
-            inner = kernels.swiglu(inner)
+        if running.kernels is not None and _is_swiglu(self):
+            inner = running.kernels.swiglu(inner)
         else:
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         out_PD = project(inner, "down_proj")
@@ -111,8 +112,7 @@ def _routed(
     expert_P, order_P = torch.sort(expert_NK.reshape(-1), stable=True)
     token_P = order_P // top_k
     gate_P = gate_NK.reshape(-1)[order_P]
-    kernels = kernels_for(hidden_ND)
-    hidden_PD = hidden_ND[token_P] if kernels is None else kernels.gather(hidden_ND, token_P)
+    hidden_PD = hidden_ND[token_P] if running.kernels is None else running.kernels.gather(hidden_ND, token_P)
     if scale_inputs:
         hidden_PD, gate_P = hidden_PD * gate_P.unsqueeze(-1), torch.ones_like(gate_P)
     out_PD = compute(hidden_PD, expert_P)
@@ -131,8 +131,8 @@ def _combine(
 
     Pairs are summed in the token's order: no atomics, so the same bits every time.
     """
-    if (kernels := kernels_for(out_PD)) is not None:
-        result: tuple[Tensor, Tensor] = kernels.combine(out_PD, gate_P, order_P, top_k=top_k, dtype=dtype)
+    if running.kernels is not None:
+        result: tuple[Tensor, Tensor] = running.kernels.combine(out_PD, gate_P, order_P, top_k=top_k, dtype=dtype)
         return result
     norm_P = torch.linalg.vector_norm(out_PD, dim=-1, dtype=torch.float32)
     weighted_PD = out_PD * gate_P.unsqueeze(-1)  # in the gate's dtype
@@ -141,14 +141,9 @@ def _combine(
     return unsorted.view(-1, top_k, unsorted.shape[-1]).sum(dim=1).to(dtype), norm_P
 
 
-def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """The module of fused kernels where they run on a tensor: on a GPU with Triton."""
-    return _load_kernels() if tensor.is_cuda else None
-
-
-@cache
-def _load_kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+def fused_kernels(device: torch.device) -> ModuleType | None:
+    """The module of fused kernels where they run: on a GPU with Triton."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from reapkit import kernels
 
@@ -176,6 +171,26 @@ def _grouped_linear(
     numbers_E = torch.arange(len(weight_E), device=expert_P.device)
     offsets_E = torch.searchsorted(expert_P, numbers_E, right=True).int()
     result: Tensor = grouped(inputs, weight_E, offsets_E, bias=bias_P, is_transposed=is_transposed)
+    return result
+
+
+def fuse_norms(model: nn.Module, kernels: ModuleType) -> None:
+    """Let the RMS norms of a model run as one kernel each; those that compute anything but what Llama's do stay as they are."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def compiled(function: Any) -> tuple[Any, ...]:
+        code = function.__code__
+        return code.co_code, code.co_names, code.co_consts[1:]  # the first is the docstring or None
+
+    expected = compiled(LlamaRMSNorm.forward)
+    for module in model.modules():
+        forward: Any = type(module).forward
+        if hasattr(module, "variance_epsilon") and hasattr(forward, "__code__") and compiled(forward) == expected:
+            module.forward = partial(_fused_norm, module, kernels)
+
+
+def _fused_norm(module: Any, kernels: ModuleType, hidden: Tensor) -> Tensor:
+    result: Tensor = kernels.rms_norm(hidden, module.weight, module.variance_epsilon)
     return result
 
 

@@ -69,12 +69,14 @@ class Run:
         dtype: `float32`, `bfloat16`, `float16`; None takes bfloat16 on a GPU and float32 on a CPU.
         activation_budget: bytes for suspended activations; None takes a share of the free memory.
         trust_remote_code: run code that comes with the checkpoint.
+        plain: take the reference path on a GPU too, without fused kernels.
     """
 
     device: str | None = None
     dtype: str | None = None
     activation_budget: int | None = None
     trust_remote_code: bool = False
+    plain: bool = False
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype.
@@ -162,7 +164,12 @@ class Observation:
         processor = partial(load_processor, self.checkpoint, trust_remote_code=run.trust_remote_code)
         self.data: CalibrationData = load(data, tokenizer, max_length=max_length, seed=seed, processor=processor)
         self.model = StreamedModel(
-            self.checkpoint, self.layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code
+            self.checkpoint,
+            self.layout,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=run.trust_remote_code,
+            plain=run.plain,
         )
         self.seed = seed
         self.source = Identity.of(self.checkpoint, self.layout)
@@ -292,17 +299,17 @@ class Observation:
             layers |= begun.layers
             finished = begun.finished_batches
             waves = self._split(self.batches[finished:])
-        sums = RoutedSums(layers, num_layers=self.layout.num_layers, device=self.model.device)
+        model = self.model
+        sums = RoutedSums(layers, num_layers=self.layout.num_layers, device=model.device, kernels=model.kernels)
         done = sum(int(batch.length_B.sum()) for batch in self.batches[:finished]) * (total // self.data.num_tokens)
         progress("observe", done, total, "tokens x layers")
         for wave in waves:
-            observers = [sums.observer(batch) for batch in wave]
+            observers = [sums.observer(batch, number) for number, batch in enumerate(wave, start=finished)]
 
-            def after_batch(
-                layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave, before: int = finished
-            ) -> None:
+            def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
                 nonlocal done
-                sums.require_finite(layer, before + number)
+                if number == len(wave) - 1:
+                    sums.require_finite(layer)
                 done += int(wave[number].length_B.sum())
                 progress("observe", done, total, "tokens x layers")
 

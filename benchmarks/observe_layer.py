@@ -1,0 +1,287 @@
+"""How fast does one full-size MiniMax-M2 layer run while it is observed, and what does observing it cost?
+
+Makes one decoder layer of MiniMax-M2's real shape with random bf16 weights on a GPU, checks each way of running it against float64 on
+fresh random inputs, and times them in turn on the same tokens: transformers' own forward through `grouped_mm`, the plain experts function
+with its sums, the fused one with its sums, and, where it is installed, llm-compressor's REAP observer. Prints tokens per second, the
+share of the floor, and ratios; exits with 1 where the observed forward is slower than transformers' bare one.
+
+The floor: 0.31 GFLOP a token (8 experts and attention's projections, two a weight) at the measured rate of a grouped product.
+
+    python benchmarks/observe_layer.py [--documents 16] [--length 2048] [--profile] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics as stats
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reapkit.calibration import CalibrationBatch
+from reapkit.experts import EXPERTS_NAME, fuse_norms, fused_kernels, observed_experts, running
+from reapkit.statistics import NUM_FOLDS, LayerStatistics
+from reapkit.sums import RoutedSums
+
+HIDDEN, INNER, NUM_EXPERTS, TOP_K, HEADS, KV_HEADS, HEAD_DIM = 3072, 1536, 256, 8, 48, 8, 128
+CONFIG = {
+    "vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rotary_dim": 64, "num_local_experts": NUM_EXPERTS,
+    "num_experts_per_tok": TOP_K, "rms_norm_eps": 1e-6, "max_position_embeddings": 196608, "rope_theta": 5_000_000,
+    "tie_word_embeddings": False, "use_cache": False,
+}  # fmt: skip
+# Two operations a weight: eight experts, the four projections of attention, the router.
+FLOPS_PER_TOKEN = 2 * (
+    3 * TOP_K * HIDDEN * INNER + HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + HIDDEN * NUM_EXPERTS
+)
+NUM_DOMAINS = 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="print where the time of the fused path goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this needs a GPU")
+        return 2
+    device = torch.device("cuda", 0)
+    layer, rotary, experts_config = make_layer(device)
+    batch = make_batch(arguments.documents, arguments.length)
+    hidden = [torch.randn(arguments.documents, arguments.length, HIDDEN, device=device).bfloat16() for _ in range(2)]
+    positions = torch.arange(arguments.length, device=device)[None]
+    embeddings = rotary(hidden[0], positions)
+
+    def forward(inputs: Tensor) -> Tensor:
+        result = layer(inputs, position_embeddings=embeddings, attention_mask=None, position_ids=positions)
+        return result[0] if isinstance(result, tuple) else result
+
+    tokens = arguments.documents * arguments.length
+    rate_of_product = grouped_rate(device, tokens)
+    floor = rate_of_product / FLOPS_PER_TOKEN
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device), "torch": torch.__version__, "tokens": tokens,
+        "grouped_product_flops": rate_of_product, "flops_per_token": FLOPS_PER_TOKEN, "floor_tokens_per_second": floor,
+    }  # fmt: skip
+    figures["errors"] = errors(layer, rotary, experts_config, device)
+    print(f"{figures['device']}, torch {torch.__version__}; {tokens:,} tokens; grouped product {rate_of_product / 1e12:.0f} TFLOP/s,"
+          f" so the floor is {floor / 1e6:.2f}M tokens/s")  # fmt: skip
+    print(f"relative errors against float64: {figures['errors']}")
+    variants = {
+        "transformers, grouped_mm, not observed": ("grouped_mm", False, False),
+        "plain, observed": (EXPERTS_NAME, False, True),
+        "fused, not observed": (EXPERTS_NAME, True, False),
+        "fused, observed": (EXPERTS_NAME, True, True),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(2):  # all in turn, twice: the difference of the two rounds is the spread
+        for name, (implementation, is_fused, is_observed) in variants.items():
+            with running_as(layer, experts_config, device, batch, implementation, is_fused, is_observed):
+                rates[name].append(tokens / seconds(forward, hidden, arguments.repeats))
+    print(f"{'':42} {'tokens/s':>10} {'of the floor':>13} {'spread':>8}")
+    for name, (first, second) in rates.items():
+        mean = (first + second) / 2
+        print(f"{name:42} {mean / 1e6:>9.3f}M {mean / floor:>12.1%} {abs(first - second) / mean:>8.1%}")
+    figures["tokens_per_second"] = rates
+    if arguments.profile:
+        with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True):
+            profile(forward, hidden[0])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0 if sum(rates["fused, observed"]) >= sum(rates["transformers, grouped_mm, not observed"]) else 1
+
+
+def make_layer(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any, Any]:
+    """A decoder layer with random weights of a plausible size, its rotary embedding, and the config that names its experts function."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
+    config = AutoConfig.for_model("minimax_m2", **CONFIG)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="grouped_mm")
+    model = model.eval().requires_grad_(False)
+    layer = model.model.layers[0].to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    layer.mlp.e_score_correction_bias.normal_(0.0, 0.01, generator=generator)
+    # On disk router and bias are F32, and they are computed with so.
+    layer.mlp.gate.weight = torch.nn.Parameter(layer.mlp.gate.weight.float(), requires_grad=False)
+    layer.mlp.e_score_correction_bias = layer.mlp.e_score_correction_bias.float()
+    rotary = type(model.model.rotary_emb)(config).to(device)
+    return layer, rotary, layer.mlp.experts.config if hasattr(layer.mlp.experts, "config") else config
+
+
+def make_batch(documents: int, length: int) -> CalibrationBatch:
+    number_B = np.arange(documents)
+    return CalibrationBatch(
+        input_ids_BT=np.zeros((documents, length), dtype=np.int64),
+        length_B=np.full(documents, length),
+        domain_B=number_B % NUM_DOMAINS,
+        index_B=number_B,
+    )
+
+
+@contextmanager
+def running_as(
+    layer: Any,
+    config: Any,
+    device: torch.device,
+    batch: CalibrationBatch,
+    implementation: str,
+    is_fused: bool,
+    is_observed: bool,
+) -> Iterator[RoutedSums]:
+    """Run the layer through an experts function, fused or not, observed or not."""
+    kernels = fused_kernels(device) if is_fused else None
+    begun = {0: LayerStatistics.zeros(NUM_DOMAINS * NUM_FOLDS, NUM_EXPERTS)}
+    sums = RoutedSums(begun, num_layers=1, device=device, kernels=kernels)
+    before = config._experts_implementation
+    config._experts_implementation = implementation
+    running.layer, running.kernels = 0, kernels
+    running.observe = sums.observer(batch, 0) if is_observed else None
+    if kernels is not None:
+        fuse_norms(layer, kernels)
+    try:
+        with torch.inference_mode():
+            yield sums
+    finally:
+        config._experts_implementation = before
+        running.observe = running.kernels = None
+        for module in layer.modules():
+            module.__dict__.pop("forward", None)
+
+
+def seconds(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], repeats: int) -> float:
+    """Median time of a forward, by the device's clock, over inputs in turn."""
+    for tensor in inputs:
+        forward(tensor)
+    times = []
+    for number in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        forward(inputs[number % len(inputs)])
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return stats.median(times)
+
+
+def grouped_rate(device: torch.device, tokens: int) -> float:
+    """Operations per second of `grouped_mm` on the gate and up projections, groups as uneven as random routing makes them."""
+    pairs = tokens * TOP_K
+    inputs = torch.randn(pairs, HIDDEN, device=device).bfloat16()
+    weight = torch.randn(NUM_EXPERTS, 2 * INNER, HIDDEN, device=device).bfloat16()
+    counts = torch.bincount(torch.randint(NUM_EXPERTS, (pairs,), device=device), minlength=NUM_EXPERTS)
+    offsets = counts.cumsum(0).int()
+    product = torch.nn.functional.grouped_mm
+    time = seconds(lambda _: product(inputs, weight.transpose(-2, -1), offs=offsets), [inputs], 10)
+    return 2 * pairs * HIDDEN * 2 * INNER / time
+
+
+def errors(layer: Any, rotary: Any, config: Any, device: torch.device) -> dict[str, float]:
+    """Relative error of each path's output on fresh inputs, against the same layer in float64; and of the sums, against plain float64."""
+    hidden = torch.randn(2, 256, HIDDEN, device=device).bfloat16()
+    positions = torch.arange(256, device=device)[None]
+    batch = make_batch(2, 256)
+    outputs, sums = {}, {}
+    for name, implementation, is_fused in (
+        ("transformers", "grouped_mm", False), ("plain", EXPERTS_NAME, False), ("fused", EXPERTS_NAME, True)
+    ):  # fmt: skip
+        with running_as(layer, config, device, batch, implementation, is_fused, True) as routed:
+            out = layer(
+                hidden, position_embeddings=rotary(hidden, positions), attention_mask=None, position_ids=positions
+            )
+            outputs[name] = (out[0] if isinstance(out, tuple) else out) - hidden
+            routed.require_finite(0)
+            sums[name] = routed.totals()[0]
+    with running_as(layer, config, device, batch, "eager", False, False):
+        wide = reference(layer, rotary, config, hidden, positions)
+
+    def error(out: Tensor) -> float:
+        # The median over tokens: of a few, a near-tie in the router falls the other way, which is no error of the path.
+        return float(((out.double() - wide).norm(dim=-1) / wide.norm(dim=-1)).median())
+
+    result = {name: error(out) for name, out in outputs.items()}
+    total = sums["plain"].gated_norm_SE.sum(0)
+    result["sums, fused against plain"] = float(np.abs(sums["fused"].gated_norm_SE.sum(0) - total).max() / total.max())
+    return result
+
+
+def reference(layer: Any, rotary: Any, config: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+    """What the layer adds to its input, in float64 but for the choice of experts, one expert at a time to save memory."""
+    from transformers.activations import ACT2FN
+
+    def wide(module: Any, tensor: Tensor) -> Tensor:
+        return tensor @ module.weight.double().T
+
+    def normed(module: Any, tensor: Tensor) -> Tensor:
+        return (
+            tensor * (tensor.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt() * module.weight.double()
+        )
+
+    x = hidden.double()
+    attention, h = layer.self_attn, normed(layer.input_layernorm, hidden.double())
+    cos, sin = (part.double()[:, None] for part in rotary(hidden, positions))
+
+    def heads(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+
+    def rotated(tensor: Tensor) -> Tensor:
+        width = cos.shape[-1]
+        turned, rest = tensor[..., :width], tensor[..., width:]
+        first, second = turned.chunk(2, -1)
+        return torch.cat((turned * cos + torch.cat((-second, first), -1) * sin, rest), -1)
+
+    q = rotated(heads(normed(attention.q_norm, wide(attention.q_proj, h))))
+    k = rotated(heads(normed(attention.k_norm, wide(attention.k_proj, h))))
+    v = heads(wide(attention.v_proj, h))
+    groups = HEADS // KV_HEADS
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True
+    )
+    x = x + wide(attention.o_proj, mixed.transpose(1, 2).flatten(2))
+    h = normed(layer.post_attention_layernorm, x).flatten(0, 1)
+    score = (h @ layer.mlp.gate.weight.double().T).sigmoid()
+    chosen = (score + layer.mlp.e_score_correction_bias.double()).topk(TOP_K).indices
+    gate = score.gather(1, chosen)
+    gate = gate / gate.sum(-1, keepdim=True)
+    y, act = torch.zeros_like(h), ACT2FN["silu"]
+    for expert in range(NUM_EXPERTS):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        up = h[token] @ layer.mlp.experts.gate_up_proj[expert].double().T
+        first, second = up.chunk(2, -1)
+        out = (act(first) * second) @ layer.mlp.experts.down_proj[expert].double().T
+        y[token] += out * gate[token, place, None]
+    return x + y.view(x.shape) - hidden.double()
+
+
+def profile(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            forward(hidden)
+        torch.cuda.synchronize()
+    rows = [row for row in profiler.key_averages() if row.self_device_time_total > 0 and row.device_type.name == "CUDA"]
+    for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:28]:
+        print(f"{row.self_device_time_total / 3e3:8.3f} ms  {row.count // 3:>3}x  {row.key[:110]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
