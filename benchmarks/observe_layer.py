@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from reapkit.calibration import CalibrationBatch
-from reapkit.experts import EXPERTS_NAME, fuse_norms, fused_kernels, observed_experts, running
+from reapkit.experts import EXPERTS_NAME, observed_experts, running
+from reapkit.fusion import fuse, fused_kernels
 from reapkit.statistics import NUM_FOLDS, LayerStatistics
 from reapkit.sums import RoutedSums
 
@@ -155,7 +156,7 @@ def running_as(
     running.layer, running.kernels = 0, kernels
     running.observe = sums.observer(batch, 0) if is_observed else None
     if kernels is not None:
-        fuse_norms(layer, kernels)
+        fuse(layer, kernels)
     try:
         with torch.inference_mode():
             yield sums

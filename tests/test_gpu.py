@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.minimax_m2.modeling_minimax_m2 import apply_rotary_pos_emb
 
 import quantized
 from families import FAMILIES, Family, make
@@ -18,8 +19,9 @@ from reapkit import criteria, plans
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
-from reapkit.experts import RoutedPairs, fused_kernels
+from reapkit.experts import RoutedPairs
 from reapkit.formats import decode
+from reapkit.fusion import fused_kernels
 from reapkit.layout import resolve
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
 from reapkit.observation import Observation, Run, observe
@@ -77,6 +79,17 @@ def test_gathering_swiglu_and_norms_equal_plain_torch(dtype: torch.dtype, width:
     norm.weight.data.normal_()
     ours = kernels.rms_norm(hidden_ND.view(7, 11, width), norm.weight, 1e-6)
     assert (ours - norm(hidden_ND.view(7, 11, width))).abs().max() <= ROUNDING[dtype] * ours.abs().max()
+
+
+@pytest.mark.parametrize("turned", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotating_heads_equals_transformers_own(dtype: torch.dtype, rows: int, turned: int) -> None:
+    q, k = (torch.randn(3, 17, heads, 128, device="cuda").to(dtype).transpose(1, 2) for heads in (6, 2))
+    angles = torch.rand(rows, 17, turned, device="cuda")
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    for ours, theirs in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        assert (kernels.rotate(ours, cos, sin) - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("width", [96, 3072, 6144])

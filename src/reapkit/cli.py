@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from reapkit.fidelity import Figure
     from reapkit.layout import Architecture
-    from reapkit.observation import Estimate, Run
+    from reapkit.observation import Estimate, Observation, Run
     from reapkit.plans import Choice, PruningPlan
     from reapkit.progress import Progress
     from reapkit.shards import Manifest
@@ -49,6 +49,8 @@ WIDTH_OF_FILES = 160
 out = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 err = Console(stderr=True)
 
+# Where suspended activations are kept, in words.
+_PLACES = {"device": "on the device", "host": "in the host's pinned memory", "disk": "in temporary files"}
 EXIT_ANSWERED_NO = 3
 EXIT_SIGNALLED = 128  # plus the signal's number, as shells count: 130 for Ctrl-C
 
@@ -71,6 +73,10 @@ DtypeOption = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option("--activation-budget", metavar="B", help="memory for suspended activations, like 24GB; by default a share of free memory"),
+]  # fmt: skip
+Activations = Annotated[
+    str | None,
+    typer.Option(metavar="PLACE", help="where suspended activations are kept: device, host or disk; chosen by size and rates by default"),
 ]  # fmt: skip
 MaxLength = Annotated[
     int, typer.Option(metavar="N", min=2, help="tokens per document; longer samples are split into windows")
@@ -188,6 +194,7 @@ def observe(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="statistics file to write")],
     data: Data = ["reap-mix"],  # noqa: B006
     activation_budget: Budget = None,
+    activations: Activations = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
@@ -202,15 +209,22 @@ def observe(
     """Measure on calibration text how much every expert contributes."""
     from reapkit.observation import Observation
     from reapkit.outputs import require_target
+    from reapkit.ranks import Ranks
 
     require_target(output)
-    run = _run(device, dtype, activation_budget, trust_remote_code)
-    observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision)
+    run = _run(device, dtype, activation_budget, trust_remote_code, activations)
+    ranks = Ranks.from_environment()
+    # Of several ranks one speaks; all say what went wrong.
+    quiet = quiet or ranks.rank > 0
+    observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks)
     sources = [source.to_json() for source in observation.data.sources]
     _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
-        _print_estimate(observation.estimate(), as_json=as_json)
+        if ranks.rank == 0:
+            _print_estimate(observation.estimate(), as_json=as_json)
         return
+    if observation.place != "device" or len(observation.waves) > 1:
+        _note_waves(observation, quiet=quiet)
     with _progress(quiet) as progress:
         statistics = observation.write(output, progress=progress)
     if as_json:
@@ -352,6 +366,7 @@ def compress(
     keep: Keep = None,
     criterion: CriterionOption = "reap",
     activation_budget: Budget = None,
+    activations: Activations = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
@@ -370,8 +385,11 @@ def compress(
     """Observe, plan, prune and verify in one; repeated after an interruption, it goes on."""
     from reapkit import compression
     from reapkit.compression import Target
+    from reapkit.ranks import Ranks
 
-    run = _run(device, dtype, activation_budget, trust_remote_code)
+    if Ranks.from_environment().count > 1:
+        raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
+    run = _run(device, dtype, activation_budget, trust_remote_code, activations)
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
@@ -524,7 +542,8 @@ def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | No
         "tokens": f"{estimate.tokens:,} in {estimate.documents:,} documents",
         "waves": f"{estimate.waves} of {estimate.batches} micro-batches in all",
         "time": f"{_duration(3600 * estimate.hours)} at {rates}",
-        "memory": f"{_size(estimate.device_bytes)} on {estimate.device}{beside}, {_size(estimate.held_bytes)} of it activations",
+        "memory": f"{_size(estimate.device_bytes)} on {estimate.device}{beside}",
+        "activations": f"{_size(estimate.held_bytes)} {_PLACES[estimate.place]}",
         "dtype": estimate.dtype,
         "read": _size(estimate.read_bytes),
         "written": written,
@@ -581,6 +600,16 @@ def _note_calibration(architecture: Architecture, sources: Sequence[Mapping[str,
     # Statistics from before rows could have images do not count them.
     if architecture.caution and not quiet and not any(source.get("images") for source in sources):
         _note(f"[bold]note:[/] {architecture.name}: {architecture.caution}")
+
+
+def _note_waves(observation: Observation, *, quiet: bool) -> None:
+    """How the text is cut, where the weights are read more than once or activations leave the device."""
+    if not quiet:
+        reads = _size(observation.model.nbytes_per_pass)
+        _note(
+            f"{len(observation.waves)} waves, each reads {reads}; activations up to {_size(observation.held_bytes)}, "
+            + _PLACES[observation.place]
+        )
 
 
 def _note_unmeasured(chosen: Manifest | PruningPlan) -> None:
@@ -654,10 +683,12 @@ def _escape(text: str) -> str:
 # ---- arguments --------------------------------------------------------------------------------------------------------------------
 
 
-def _run(device: str | None, dtype: str | None, budget: str | None, trust_remote_code: bool) -> Run:
+def _run(
+    device: str | None, dtype: str | None, budget: str | None, trust_remote_code: bool, place: str | None = None
+) -> Run:
     from reapkit.observation import Run
 
-    return Run(device, dtype, None if budget is None else parse_size(budget), trust_remote_code)
+    return Run(device, dtype, None if budget is None else parse_size(budget), trust_remote_code, place=place)
 
 
 def parse_size(text: str) -> int:

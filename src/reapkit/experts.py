@@ -12,7 +12,6 @@ E = experts, Z = zero experts, D = hidden size, I = inner size of an expert.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -141,15 +140,6 @@ def _combine(
     return unsorted.view(-1, top_k, unsorted.shape[-1]).sum(dim=1).to(dtype), norm_P
 
 
-def fused_kernels(device: torch.device) -> ModuleType | None:
-    """The module of fused kernels where they run: on a GPU with Triton."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    from reapkit import kernels
-
-    return kernels
-
-
 def _is_swiglu(experts: Any) -> bool:
     """Whether experts declare `silu(gate) * up` on halves that lie one after the other."""
     from transformers.activations import SiLUActivation
@@ -171,26 +161,6 @@ def _grouped_linear(
     numbers_E = torch.arange(len(weight_E), device=expert_P.device)
     offsets_E = torch.searchsorted(expert_P, numbers_E, right=True).int()
     result: Tensor = grouped(inputs, weight_E, offsets_E, bias=bias_P, is_transposed=is_transposed)
-    return result
-
-
-def fuse_norms(model: nn.Module, kernels: ModuleType) -> None:
-    """Let the RMS norms of a model run as one kernel each; those that compute anything but what Llama's do stay as they are."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    def compiled(function: Any) -> tuple[Any, ...]:
-        code = function.__code__
-        return code.co_code, code.co_names, code.co_consts[1:]  # the first is the docstring or None
-
-    expected = compiled(LlamaRMSNorm.forward)
-    for module in model.modules():
-        forward: Any = type(module).forward
-        if hasattr(module, "variance_epsilon") and hasattr(forward, "__code__") and compiled(forward) == expected:
-            module.forward = partial(_fused_norm, module, kernels)
-
-
-def _fused_norm(module: Any, kernels: ModuleType, hidden: Tensor) -> Tensor:
-    result: Tensor = kernels.rms_norm(hidden, module.weight, module.variance_epsilon)
     return result
 
 

@@ -15,9 +15,15 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device; for the CPU, available memory within the limits of the process's control groups."""
     if device.type == "cuda":
         # What torch has taken from the device and not given out is free to this process.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return min(int(torch.cuda.mem_get_info(device)[0]), total_memory(device) - reserved) + reserved - allocated
     return free_host_memory(Path("/"))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, of which torch may have been told to use a part (`set_per_process_memory_fraction`)."""
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(torch.cuda.get_device_properties(device).total_memory * share)
 
 
 def free_host_memory(root: Path) -> int:

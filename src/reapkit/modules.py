@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reapkit.activations import Place, Spill, is_spillable
 from reapkit.calibration import Images
 from reapkit.checkpoint import Checkpoint, read_config
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
@@ -33,12 +35,11 @@ from reapkit.experts import (
     RoutedObserver,
     adapt,
     experts_of,
-    fuse_norms,
-    fused_kernels,
     observed_experts,
     running,
 )
 from reapkit.formats import decode
+from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
 from reapkit.quantization import HINT, Format, read_format
 from reapkit.tensors import TensorInfo
@@ -96,7 +97,7 @@ class StreamedModel:
         _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.kernels = None if plain else fused_kernels(device)
         if self.kernels is not None:
-            fuse_norms(self.module, self.kernels)
+            fuse(self.module, self.kernels)
         self.layers = _decoder_layers(self.module, layout)
         self._conversions: list[Any] = get_model_conversion_mapping(self.module)
         head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
@@ -582,6 +583,9 @@ class _Forward(threading.Thread):
         result: what the model returned.
     """
 
+    # Hidden states that it was seen to hold at its pauses; those that are gone are dropped.
+    _seen: list[weakref.ref[Tensor]]
+
     def __init__(
         self,
         run: Callable[[], Any],
@@ -593,6 +597,7 @@ class _Forward(threading.Thread):
         super().__init__(daemon=True)
         self._observe = observe
         self._kernels = kernels
+        self._seen = []
         self.result: Any = None
         self._run_forward = run
         self._device = device
@@ -619,9 +624,12 @@ class _Forward(threading.Thread):
         finally:
             self._paused.release()
 
-    def pause(self, layer: int) -> None:
-        """Called in the thread: wait in front of a layer."""
+    def pause(self, layer: int, hidden: Any = None) -> None:
+        """Called in the thread: wait in front of a layer, whose input is `hidden`."""
         running.layer = layer
+        if is_spillable(hidden) and not any(hidden is tensor for tensor in self.held()):
+            self._seen.append(weakref.ref(hidden))
+        hidden = None
         self._paused.release()
         self._resumed.acquire()
         if self._cancelled:
@@ -635,6 +643,12 @@ class _Forward(threading.Thread):
         self._paused.acquire()
         if self._error is not None:
             raise self._error
+
+    def held(self) -> list[Tensor]:
+        """The hidden states that it holds while it is suspended."""
+        alive = [(reference, tensor) for reference in self._seen if (tensor := reference()) is not None]
+        self._seen = [reference for reference, _ in alive]
+        return [tensor for _, tensor in alive]
 
     def take_result(self) -> Any:
         """The forward's result, not kept here."""
@@ -660,6 +674,8 @@ class SuspendedForwards:
             the padding behind a token.
         images: per micro-batch, the images of its only document, which are prepared when its forward begins.
         observe: per micro-batch, what is shown its routed pairs.
+        place: where suspended micro-batches keep their hidden states.
+        keep_outputs: whether anything is asked for after the last layer; else a micro-batch is freed when it has left it.
     """
 
     def __init__(
@@ -669,8 +685,11 @@ class SuspendedForwards:
         *,
         images: Sequence[Images | None] | None = None,
         observe: Sequence[RoutedObserver] | None = None,
+        place: Place = "device",
+        keep_outputs: bool = True,
     ) -> None:
         self._model = model
+        self._spill = None if place == "device" else Spill(model.device, place)
         seen: Sequence[Images | None] = images if images is not None else [None] * len(inputs_BT)
         observers: Sequence[RoutedObserver | None] = observe if observe is not None else [None] * len(inputs_BT)
         self._forwards = [
@@ -682,10 +701,11 @@ class SuspendedForwards:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
         self._hooks: list[Any] = []
         self._runs_mtp = observe is not None and model.mtp is not None
+        self._keep_outputs = keep_outputs or self._runs_mtp
 
     def __enter__(self) -> SuspendedForwards:
         for index, layer in enumerate(self._model.layers):
-            self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index)))
+            self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index), with_kwargs=True))
         last = len(self._model.layers)
         self._hooks.append(self._model.layers[-1].register_forward_hook(partial(_pause_after, last)))
         if self._runs_mtp:
@@ -709,15 +729,17 @@ class SuspendedForwards:
         model = self._model
         fetched: Future[dict[str, Tensor]] = self._loader.submit(model.fetch, 0)
         model.load_entry()
-        for forward in self._forwards:
-            forward.step()
+        for number in range(len(self._forwards)):
+            self._step(number)
         model.unload_embeddings()
         for index in range(len(model.layers)):
             model.load(index, fetched.result())
             if index + 1 < len(model.layers):
                 fetched = self._loader.submit(model.fetch, index + 1)
-            for number, forward in enumerate(self._forwards):
-                forward.step()
+            for number in range(len(self._forwards)):
+                self._step(number)
+                if index + 1 == len(model.layers) and not self._keep_outputs:
+                    self._forwards[number].cancel()
                 after_batch(index, number)
             model.unload(index)
         if self._runs_mtp:
@@ -728,15 +750,25 @@ class SuspendedForwards:
         model = self._model
         model.load_mtp(model.fetch_mtp())
         for index in model.layout.mtp_indices:
-            for number, forward in enumerate(self._forwards):
-                forward.step()
+            for number in range(len(self._forwards)):
+                self._step(number)
                 after_batch(index, number)
+
+    def _step(self, number: int) -> None:
+        """Run one micro-batch up to its next pause; where activations are spilled, the next one's come in beside it."""
+        if self._spill is None:
+            self._forwards[number].step()
+            return
+        self._spill.require(number)
+        self._spill.bring_in((number + 1) % len(self._forwards))
+        self._forwards[number].step()
+        self._spill.take_out(number, self._forwards[number].held())
 
     def logits(self) -> Iterator[Tensor]:
         """After `run_layers`: finish each forward and yield its logits, [B, T, V]; one micro-batch's are held at a time."""
         self._model.load_exit()
-        for forward in self._forwards:
-            forward.step()
+        for number, forward in enumerate(self._forwards):
+            self._step(number)
             yield forward.take_result().logits
 
     def _forward(self, ids_BT: np.ndarray[Any, Any], images: Images | None) -> Any:
@@ -749,14 +781,16 @@ class SuspendedForwards:
         return tensor.to(self._model.device, self._model.dtype if tensor.is_floating_point() else None)
 
 
-def _pause_before(layer: int, module: nn.Module, args: Any) -> None:
+def _pause_before(layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
     forward = threading.current_thread()
     assert isinstance(forward, _Forward)
-    forward.pause(layer)
+    forward.pause(layer, args[0] if args else kwargs.get("hidden_states"))
 
 
 def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
-    _pause_before(layer, module, args)
+    forward = threading.current_thread()
+    assert isinstance(forward, _Forward)
+    forward.pause(layer, output[0] if isinstance(output, tuple) else output)
 
 
 def _run_mtp(model: StreamedModel, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from reapkit import layout as layouts
+from reapkit.activations import PLACES, RESIDENT, Place
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
@@ -27,18 +31,22 @@ from reapkit.errors import DataError, ResourceError, UnsupportedError, UsageErro
 from reapkit.experts import experts_of
 from reapkit.interrupts import deferred, safe_point
 from reapkit.layout import Identity
-from reapkit.memory import free_memory
+from reapkit.memory import free_memory, total_memory
 from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, load_tokenizer
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.progress import Progress, silent
+from reapkit.ranks import Ranks
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics, differing
 from reapkit.sums import RoutedSums
 
 ACTIVATIONS = "suspended activations"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer:
-# 32,768 tokens x 8 experts x (2 x 1,536 + 3,072) values are 3.2 GB in bf16 on MiniMax-M2.
+# Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer: 32,768 tokens of
+# MiniMax-M2 take 6 GB in bf16. Where two layers and that do not fit on a GPU, as many halves of it as do.
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
+FEWEST_TOKENS = 2_048
+# Share of a device's memory that two layers and a running micro-batch may take, so that something is left for what is suspended.
+WORKING_SHARE = 0.9
 # Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
 HELD_STATES = 2
 # What a document with images holds beside its pixels, as a multiple of that. Per image token Qwen3-VL keeps what its vision tower made
@@ -56,7 +64,8 @@ WAVE_SECONDS = 120.0
 WAVE_READS = 2.0
 # No machine that runs such models is slower: below a wave's length at this rate, rates need not be measured.
 SLOWEST_FLOPS = 1e10
-# Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries.
+# Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries, and on a host
+# for the page cache and others.
 BUDGET_SHARE = 0.4
 
 
@@ -69,6 +78,8 @@ class Run:
         dtype: `float32`, `bfloat16`, `float16`; None takes bfloat16 on a GPU and float32 on a CPU.
         activation_budget: bytes for suspended activations; None takes a share of the free memory.
         trust_remote_code: run code that comes with the checkpoint.
+        place: where suspended activations are kept: `device`, `host` (pinned memory), `disk`; None takes the device, or the host where
+            the device holds so few that reading the weights over and over would take longer than computing.
         plain: take the reference path on a GPU too, without fused kernels.
     """
 
@@ -76,6 +87,7 @@ class Run:
     dtype: str | None = None
     activation_budget: int | None = None
     trust_remote_code: bool = False
+    place: str | None = None
     plain: bool = False
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
@@ -92,15 +104,21 @@ class Run:
         if device.type not in TOKENS_PER_BATCH:
             raise UsageError(f"the device {name!r} is not supported", hint="cpu, cuda or cuda:1")
         if device.type == "cuda":
-            if (device.index or 0) >= torch.cuda.device_count():
+            # Threads choose their device by its number; of the processes on a host each has its own.
+            index = Ranks.from_environment().local_rank if device.index is None else device.index
+            if index >= torch.cuda.device_count():
                 raise UsageError(
-                    f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs", hint="--device cpu"
+                    f"there is no device {f'cuda:{index}'!r}: torch sees {torch.cuda.device_count()} GPUs",
+                    hint="--device cpu, or fewer processes",
                 )
-            # Threads choose their device by its number.
-            device = torch.device("cuda", device.index or 0)
+            device = torch.device("cuda", index)
         dtype = self.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         if dtype not in DTYPES:
             raise UsageError(f"cannot compute in {dtype!r}", hint=did_you_mean(dtype, DTYPES))
+        if self.place is not None and self.place not in PLACES:
+            raise UsageError(f"activations cannot be kept on {self.place!r}", hint=did_you_mean(self.place, PLACES))
+        if self.place == "host" and device.type == "cpu":
+            raise UsageError("on a CPU suspended activations are in the host's memory already", hint="device or disk")
         return device, DTYPES[dtype]
 
 
@@ -111,7 +129,8 @@ class Estimate:
     Attributes:
         tokens: calibration tokens, padding not counted; documents, batches, waves: how they are cut.
         hours: wall time at the rates measured on this machine in a second or two; an estimate.
-        device_bytes: peak memory on the device, on a CPU besides the process itself; held_bytes: of it, suspended activations.
+        device_bytes: peak memory on the device, on a CPU besides the process itself.
+        held_bytes: suspended activations, which are kept at `place`: on the device, where they are part of its bytes, the host or disk.
         read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
         compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
         device, dtype: where and in what is computed.
@@ -124,6 +143,7 @@ class Estimate:
     hours: float
     device_bytes: int
     held_bytes: int
+    place: Place
     read_bytes: int
     output_bytes: int
     compute_rate: float
@@ -145,6 +165,7 @@ class Observation:
         max_length: tokens per document; longer samples are split into windows.
         seed: of the choice of samples.
         revision: of a hub id.
+        ranks: which share of the micro-batches is observed here.
     """
 
     def __init__(
@@ -156,8 +177,10 @@ class Observation:
         max_length: int,
         seed: int,
         revision: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         device, dtype = run.resolve()
+        self.ranks = Ranks() if ranks is None else ranks
         self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
         self.layout = layouts.resolve(self.checkpoint, ARCHITECTURES)
         tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=run.trust_remote_code)
@@ -178,8 +201,13 @@ class Observation:
             "max_length": max_length,
             "tokenizer": _tokenizer_fingerprint(tokenizer),
         }
-        self.batches = batches(self.data, tokens_per_batch=TOKENS_PER_BATCH[device.type])
-        self.budget = run.activation_budget or default_budget(self.model)
+        self.batches = self.ranks.share(batches(self.data, tokens_per_batch=tokens_per_batch(self.model)))
+        if not self.batches:
+            raise UsageError(
+                f"the text is too short for {self.ranks.count} processes: it has fewer micro-batches",
+                hint="start fewer, or observe more text",
+            )
+        self.place, self.budget = self._choose_place(run)
         self.waves = self._split(self.batches)
 
     @cached_property
@@ -207,7 +235,8 @@ class Observation:
             waves=len(self.waves),
             hours=seconds / 3600,
             device_bytes=sum(memory.values()),
-            held_bytes=memory[ACTIVATIONS],
+            held_bytes=self.held_bytes,
+            place=self.place,
             read_bytes=read,
             output_bytes=8 * sums * len(self.layout.layers),
             compute_rate=self.compute_rate,
@@ -216,19 +245,30 @@ class Observation:
             dtype=self.settings["dtype"],
         )
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of suspended activations in the largest wave."""
+        per_token = bytes_per_token(self.model)
+        return max((sum(held_bytes(batch, per_token) for batch in wave) for wave in self.waves), default=0)
+
     def memory(self) -> dict[str, int]:
         """Bytes that a run takes on the device, on a CPU besides the process itself, by what they are for."""
         model = self.model
-        per_token = bytes_per_token(model)
+        largest = max(held_bytes(batch, bytes_per_token(model)) for batch in self.batches)
         return {
             "two layers": 2 * model.layer_nbytes,
             "embeddings": model.entry_nbytes,
-            ACTIVATIONS: max(sum(held_bytes(batch, per_token) for batch in wave) for wave in self.waves),
-            "a running micro-batch": _batch_bytes(model, self.batches),
+            ACTIVATIONS: self.held_bytes if self.place == "device" else min(self.held_bytes, RESIDENT * largest),
+            "a running micro-batch": _batch_bytes(model, max(batch.input_ids_BT.size for batch in self.batches)),
         }
 
     def require_memory(self) -> None:
         """Raise ResourceError, with the numbers and what to lower, where the device has less memory free than a run takes."""
+        if self.place == "host" and self.held_bytes > (free := free_memory(torch.device("cpu"))):
+            raise ResourceError(
+                f"suspended activations take {self.held_bytes / 1e9:,.2f} GB of the host's memory, and {free / 1e9:,.2f} GB are free",
+                hint=f"--activation-budget {int(free * BUDGET_SHARE) // 1_000_000}MB",
+            )
         memory, free = self.memory(), free_memory(self.model.device)
         if sum(memory.values()) <= free:
             return
@@ -253,7 +293,7 @@ class Observation:
                 error
             ):
                 raise
-            held = self.memory()[ACTIVATIONS]
+            held = self.held_bytes
             raise ResourceError(
                 f"the memory of {self.model.device} ran out: observing was to take " + _parts(self.memory()),
                 hint=f"repeat the command with --activation-budget {max(held // 2_000_000, 1)}MB: it goes on where it stopped",
@@ -266,14 +306,20 @@ class Observation:
             DataError, ResourceError: as in `run`.
             OutputError: another run is writing to the file, or the system refuses.
         """
-        with deferred("the running wave is done"), alone(path, lock_of(path)):
-            statistics = self.run(progress=progress, keep=unfinished(path))
-            statistics.save(path)
-            discard(unfinished(path))
+        own, ranks = self.ranks.own(path), self.ranks
+        with deferred("the running wave is done"), ExitStack() as stack:
+            for target in {own, path} if ranks.rank == 0 else {own}:
+                stack.enter_context(alone(target, lock_of(target)))
+            stack.enter_context(ranks.joined())
+            statistics = self.run(progress=progress, keep=unfinished(own))
+            if ranks.rank == 0:
+                statistics.save(path)
+            ranks.wait()  # until they are saved, each rank keeps its own
+            discard(unfinished(own))
         return statistics
 
     def run(self, *, progress: Progress = silent, keep: Path | None = None) -> Statistics:
-        """Observe all waves.
+        """Observe all waves; of several ranks, which must be joined, each gets the sums of all.
 
         Args:
             progress: told how far it is.
@@ -293,7 +339,8 @@ class Observation:
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
-        total = self.data.num_tokens * len({*range(len(self.model.layers)), *observed})
+        passes = len({*range(len(self.model.layers)), *observed})
+        tokens = sum(int(batch.length_B.sum()) for batch in self.batches)
         finished, waves = 0, self.waves
         if (begun := self._begun(keep)) is not None:
             layers |= begun.layers
@@ -301,10 +348,12 @@ class Observation:
             waves = self._split(self.batches[finished:])
         model = self.model
         sums = RoutedSums(layers, num_layers=self.layout.num_layers, device=model.device, kernels=model.kernels)
-        done = sum(int(batch.length_B.sum()) for batch in self.batches[:finished]) * (total // self.data.num_tokens)
+        total, done = passes * tokens, passes * sum(int(batch.length_B.sum()) for batch in self.batches[:finished])
         progress("observe", done, total, "tokens x layers")
         for wave in waves:
-            observers = [sums.observer(batch, number) for number, batch in enumerate(wave, start=finished)]
+            observers = [
+                sums.observer(batch, self.ranks.number(place)) for place, batch in enumerate(wave, start=finished)
+            ]
 
             def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
                 nonlocal done
@@ -314,19 +363,23 @@ class Observation:
                 progress("observe", done, total, "tokens x layers")
 
             inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
-            with SuspendedForwards(self.model, inputs, images=images, observe=observers) as forwards:
+            with SuspendedForwards(
+                model, inputs, images=images, observe=observers, place=self.place, keep_outputs=False
+            ) as forwards:
                 forwards.run_layers(after_batch)
             finished += len(wave)
-            if keep is not None and finished < len(self.batches):
+            # A rank that is done keeps its share until all are.
+            if keep is not None and (finished < len(self.batches) or self.ranks.count > 1):
                 batches = {"batches": len(self.batches), "finished_batches": finished}
                 self._described(sums.totals(), **batches).save(keep)
                 safe_point()
-        layers = sums.totals()
+        layers = self.ranks.add(sums.totals())
+        lengths = np.array([len(document.input_ids) for document in self.data.documents])
         for index, layer in layers.items():
             layer.require_finite(index)
             # An MTP layer takes the next token, which the last ones of a document do not have.
             ahead = max(0, index - self.layout.num_layers + 1)
-            expected = sum(int((batch.length_B - ahead).clip(0).sum()) for batch in self.batches)
+            expected = int((lengths - ahead).clip(0).sum())
             if (seen := int(layer.tokens_S.sum())) != expected:
                 raise UnsupportedError(
                     f"layer {index} sent {seen:,} of {expected:,} tokens through transformers' experts function, "
@@ -372,6 +425,8 @@ class Observation:
 
     def _split(self, parts: Sequence[CalibrationBatch]) -> list[list[CalibrationBatch]]:
         """Waves that hold the budget, and that are short enough not to lose hours with one."""
+        if not parts:
+            return []
         model = self.model
         layer_tokens = sum(batch.input_ids_BT.size for batch in parts) * len(model.layers)
         shortest = 1
@@ -385,6 +440,32 @@ class Observation:
             max_batches=max_suspended(model.device),
             min_waves=shortest,
         )
+
+    def _choose_place(self, run: Run) -> tuple[Place, int]:
+        """Where suspended activations are kept, and how many bytes of them."""
+        model = self.model
+        share = BUDGET_SHARE / self.ranks.local_count
+        on_device = run.activation_budget or default_budget(
+            model, share if model.device.type == "cpu" else BUDGET_SHARE
+        )
+        if run.place is None or run.place == "device":
+            per_token = bytes_per_token(model)
+            if run.place == "device" or model.device.type == "cpu" or run.activation_budget is not None:
+                return "device", on_device
+            if sum(held_bytes(batch, per_token) for batch in self.batches) <= on_device:
+                return "device", on_device
+            # A wave must compute for longer than it reads, or the device waits for the disk.
+            seconds = on_device / per_token * len(model.layers) / self.compute_rate
+            if seconds >= model.nbytes_per_pass / self.disk_rate:
+                return "device", on_device
+            on_host = int(free_memory(torch.device("cpu")) * share)
+            return ("host", on_host) if on_host > on_device else ("device", on_device)
+        place = cast(Place, run.place)
+        if run.activation_budget is not None:
+            return place, run.activation_budget
+        if place == "host":
+            return place, int(free_memory(torch.device("cpu")) * share)
+        return place, int(shutil.disk_usage(tempfile.gettempdir()).free * share)
 
 
 def observe(
@@ -467,25 +548,36 @@ def max_suspended(device: torch.device) -> int:
     return max(1, MAX_THREADS // (torch.get_num_threads() if device.type == "cpu" else 1))
 
 
-def default_budget(model: StreamedModel) -> int:
+def default_budget(model: StreamedModel, share: float = BUDGET_SHARE) -> int:
     """A share of the memory that is free once two layers are loaded."""
     free = free_memory(model.device) - 2 * model.layer_nbytes
-    return max(int(free * BUDGET_SHARE), 1 << 20)
+    return max(int(free * share), 1 << 20)
 
 
-def _batch_bytes(model: StreamedModel, parts: Sequence[CalibrationBatch]) -> int:
-    """Temporaries of the largest micro-batch in one MoE layer.
+def tokens_per_batch(model: StreamedModel) -> int:
+    """Tokens of a micro-batch: by the memory that a device has, and not by what is free, so that a run can be repeated to the bit."""
+    count = TOKENS_PER_BATCH[model.device.type]
+    if model.device.type == "cuda":
+        room = WORKING_SHARE * total_memory(model.device) - 2 * model.layer_nbytes - model.entry_nbytes
+        while count > FEWEST_TOKENS and _batch_bytes(model, count) > room:
+            count //= 2
+    return count
+
+
+def _batch_bytes(model: StreamedModel, tokens: int) -> int:
+    """Temporaries of a micro-batch in one MoE layer.
 
     Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
-    both halves of the inner activation with two products, four times the inner size; per token some ten hidden sizes for attention.
+    both halves of the inner activation with two products, four times the inner size; with fused kernels the input and the output, both
+    halves and their product alone. Per token some ten hidden sizes for attention.
     """
     experts = next(part for layer in model.layers if (part := experts_of(layer)) is not None)
     weights = sum(parameter.numel() for parameter in experts.parameters())
     # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
     inner = weights // model.layout.num_experts // model.hidden_size // (3 if experts.has_gate else 2)
-    width = model.layout.top_k * 4 * (model.hidden_size + inner) + 10 * model.hidden_size
+    pair = 4 * (model.hidden_size + inner) if model.kernels is None else 2 * model.hidden_size + 3 * inner
     size = torch.empty((), dtype=model.dtype).element_size()
-    return int(max(batch.input_ids_BT.size for batch in parts) * width * size)
+    return int(tokens * (model.layout.top_k * pair + 10 * model.hidden_size) * size)
 
 
 def _flops_per_token(model: StreamedModel) -> float:
