@@ -30,13 +30,13 @@ def fp8(name: str, rows: int, columns: int) -> Iterator[Tensor]:
     yield name + "_scale_inv", "F32", (math.ceil(rows / 128), math.ceil(columns / 128))
 
 
-def minimax_m2() -> tuple[dict[str, Any], list[Tensor], int]:
-    """Config, tensors and number of shards, as docs of the release give them."""
+def minimax_m2(num_layers: int = 62) -> tuple[dict[str, Any], list[Tensor], int]:
+    """Config, tensors and number of shards, as docs of the release give them; or a model with fewer of its layers."""
     tensors: list[Tensor] = [
         ("model.embed_tokens.weight", "BF16", (200064, 3072)), ("lm_head.weight", "BF16", (200064, 3072)),
         ("model.norm.weight", "BF16", (3072,)),
     ]  # fmt: skip
-    for layer in range(62):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         norms = {
             "input_layernorm": 3072,
@@ -53,8 +53,13 @@ def minimax_m2() -> tuple[dict[str, Any], list[Tensor], int]:
         for expert in range(256):
             for part, rows, columns in (("w1", 1536, 3072), ("w2", 3072, 1536), ("w3", 1536, 3072)):
                 tensors += fp8(f"{prefix}block_sparse_moe.experts.{expert}.{part}.weight", rows, columns)
-    config = {"model_type": "minimax_m2", "num_local_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 62}
-    return config, tensors, 125
+    config = {
+        "model_type": "minimax_m2",
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": num_layers,
+    }
+    return config, tensors, 2 * num_layers + 1
 
 
 def kimi_k2() -> tuple[dict[str, Any], list[Tensor], int]:

@@ -177,8 +177,18 @@ def test_bfloat16_on_a_gpu_keeps_the_same_experts_but_for_near_ties() -> None:
             assert abs(score_E[expert] / border - 1) < 0.03
 
 
-def test_peak_memory_on_the_device_is_what_the_dry_run_says() -> None:
-    run = Run(device="cuda", dtype="float32", activation_budget=64 << 20)
+def test_sums_are_the_same_to_the_bit_when_activations_are_kept_on_the_host_and_in_every_run() -> None:
+    budget = {"device": "cuda", "dtype": "bfloat16", "activation_budget": 64 << 20}
+    first, host, again = (nano_sums(**budget, place=place) for place in ("device", "host", "device"))
+    for index, layer in first.layers.items():
+        for name in SUM_NAMES:
+            assert np.array_equal(getattr(layer, name), getattr(host.layers[index], name))
+            assert np.array_equal(getattr(layer, name), getattr(again.layers[index], name))
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_peak_memory_on_the_device_is_what_the_dry_run_says(place: str) -> None:
+    run = Run(device="cuda", dtype="float32", activation_budget=64 << 20, place=place)
     observation = Observation(M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=run, max_length=2048, seed=0)
     expected = observation.estimate().device_bytes
     torch.cuda.empty_cache()

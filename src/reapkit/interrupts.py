@@ -43,6 +43,11 @@ def deferred(until: str) -> Iterator[None]:
         _state.until = before
 
 
+def is_asked_to_stop() -> bool:
+    """Whether the next safe point will stop."""
+    return _state.signum is not None
+
+
 def safe_point() -> None:
     """Stop here if that was asked for: nothing is lost.
 

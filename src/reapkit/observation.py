@@ -64,9 +64,9 @@ WAVE_SECONDS = 120.0
 WAVE_READS = 2.0
 # No machine that runs such models is slower: below a wave's length at this rate, rates need not be measured.
 SLOWEST_FLOPS = 1e10
-# Share of the free memory that activations may take when no budget is given: the rest is for the layer's own temporaries, and on a host
-# for the page cache and others.
-BUDGET_SHARE = 0.4
+# Share of the free memory that activations may take when no budget is given. On a GPU it is of what two layers and a micro-batch leave,
+# short of what fragments; a host's memory is also for the page cache and for others.
+BUDGET_SHARE = {"cuda": 0.8, "cpu": 0.4}
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class Observation:
         if self.place == "host" and self.held_bytes > (free := free_memory(torch.device("cpu"))):
             raise ResourceError(
                 f"suspended activations take {self.held_bytes / 1e9:,.2f} GB of the host's memory, and {free / 1e9:,.2f} GB are free",
-                hint=f"--activation-budget {int(free * BUDGET_SHARE) // 1_000_000}MB",
+                hint=f"--activation-budget {int(free * BUDGET_SHARE['cpu']) // 1_000_000}MB",
             )
         memory, free = self.memory(), free_memory(self.model.device)
         if sum(memory.values()) <= free:
@@ -444,10 +444,8 @@ class Observation:
     def _choose_place(self, run: Run) -> tuple[Place, int]:
         """Where suspended activations are kept, and how many bytes of them."""
         model = self.model
-        share = BUDGET_SHARE / self.ranks.local_count
-        on_device = run.activation_budget or default_budget(
-            model, share if model.device.type == "cpu" else BUDGET_SHARE
-        )
+        share = BUDGET_SHARE["cpu"] / self.ranks.local_count
+        on_device = run.activation_budget or default_budget(model, sharing=self.ranks.local_count)
         if run.place is None or run.place == "device":
             per_token = bytes_per_token(model)
             if run.place == "device" or model.device.type == "cpu" or run.activation_budget is not None:
@@ -548,10 +546,19 @@ def max_suspended(device: torch.device) -> int:
     return max(1, MAX_THREADS // (torch.get_num_threads() if device.type == "cpu" else 1))
 
 
-def default_budget(model: StreamedModel, share: float = BUDGET_SHARE) -> int:
-    """A share of the memory that is free once two layers are loaded."""
+def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:
+    """A share of the memory that is free once two layers are loaded, and on a GPU a micro-batch runs.
+
+    Args:
+        model: what is to run.
+        sharing: processes that share a host's memory.
+    """
     free = free_memory(model.device) - 2 * model.layer_nbytes
-    return max(int(free * share), 1 << 20)
+    if model.device.type == "cuda":
+        free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model))
+    else:
+        free //= sharing
+    return max(int(free * BUDGET_SHARE[model.device.type]), 1 << 20)
 
 
 def tokens_per_batch(model: StreamedModel) -> int:

@@ -124,7 +124,7 @@ def alone(target: Path, lock: Path) -> Iterator[None]:
             write_all(
                 stream, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
             )
-        except OSError:
+        except BaseException:
             lock.unlink(missing_ok=True)
             stream.close()
             raise

@@ -1,0 +1,298 @@
+"""What does MiniMax-M2 cost at its full width: as many of its FP8 layers as the disk holds, from cold disk to verified output?
+
+    python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
+    python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
+    python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
+    torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER     one run over N GPUs, timed between barriers
+
+`make` writes random weights of the real shapes, names and dtypes (embeddings and vocabulary too) and text of random tokens in documents of
+2,048. `chain` prints what each command took, the rates behind it, and what they come to for 62 layers and 16 million tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from inventories import Tensor, minimax_m2
+from reapkit.tensors import encode_header
+
+LENGTH, WORDS = 2048, 200_064
+FULL_LAYERS, FULL_TOKENS, FULL_BYTES = 62, 16_000_000, 230e9
+KEPT = 180 / 256
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    step = steps.add_parser("make")
+    step.add_argument("folder", type=Path)
+    step.add_argument("--layers", type=int, default=8)
+    step.add_argument("--tokens", type=int, default=2_000_000)
+    step = steps.add_parser("chain")
+    step.add_argument("folder", type=Path)
+    step.add_argument("out", type=Path)
+    step.add_argument("--json", type=Path, dest="report", metavar="FILE")
+    step = steps.add_parser("cap")
+    step.add_argument("folder", type=Path)
+    step.add_argument("--device-gb", type=float, default=24.0)
+    step.add_argument("--samples", type=int, default=128)
+    step = steps.add_parser("ranks")
+    step.add_argument("folder", type=Path)
+    arguments = vars(parser.parse_args())
+    {"make": make, "chain": chain, "cap": cap, "ranks": ranks}[arguments.pop("step")](**arguments)
+    return 0
+
+
+# ---- the model and the text
+
+
+def make(folder: Path, layers: int, tokens: int) -> None:
+    import torch
+
+    config, tensors, num_shards = minimax_m2(layers)
+    config |= {
+        "architectures": ["MiniMaxM2ForCausalLM"], "dtype": "bfloat16", "vocab_size": WORDS, "hidden_size": 3072,
+        "intermediate_size": 1536, "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64,
+        "rope_theta": 5_000_000, "rms_norm_eps": 1e-6, "max_position_embeddings": 196_608, "use_routing_bias": True,
+        "scoring_func": "sigmoid", "use_qk_norm": True, "tie_word_embeddings": False, "hidden_act": "silu",
+        "quantization_config": {
+            "quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def values(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        if name.endswith("norm.weight"):
+            result = torch.ones(shape, device="cuda")
+        elif name.endswith("_scale_inv"):  # with weights of unit variance: that of a linear layer's inputs stays
+            result = torch.full(shape, (shape[1] * 128) ** -0.5, device="cuda")
+        else:
+            result = torch.randn(shape, device="cuda", generator=generator)
+            if dtype != "F8_E4M3":
+                result *= 0.01 if name.endswith("bias") else shape[-1] ** -0.5
+        return result.to({"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}[dtype])
+
+    size = -(-len(tensors) // num_shards)
+    weight_map: dict[str, str] = {}
+    for number in range(num_shards):
+        part: list[Tensor] = tensors[number * size : (number + 1) * size]
+        file = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+        with (folder / file).open("wb") as stream:
+            stream.write(encode_header(part, metadata={"format": "pt"}))
+            for name, dtype, shape in part:
+                stream.write(values(name, dtype, shape).view(torch.uint8).cpu().numpy().data)
+        weight_map |= {name: file for name, _, _ in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_tokenizer(folder)
+    words = random.Random(0)
+    with (folder / "text.jsonl").open("w") as stream:
+        for number in range(-(-tokens // LENGTH)):
+            text = " ".join(str(words.randrange(2, WORDS)) for _ in range(LENGTH))
+            stream.write(json.dumps({"text": text, "domain": f"d{number % 4}"}) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Every number from 2 on is a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{str(word): word for word in range(2, WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+# ---- from cold disk to verified output
+
+
+def chain(folder: Path, out: Path, report: Path | None) -> None:
+    figures: dict[str, Any] = {"cold": drop_caches(), "disk_bytes_per_second": disk_rate(folder)}
+    layers = read(folder / "config.json")["num_hidden_layers"]
+    stats, plan = out.with_name(out.name + ".stats"), out.with_name(out.name + ".json")
+    text = str(folder / "text.jsonl")
+    commands = {
+        "observe": ["observe", folder, "--data", text, "-o", stats, "-q"],
+        "observe again, files cached": ["observe", folder, "--data", text, "-o", f"{stats}-again", "-q"],
+        "plan": ["plan", stats, "--ratio", "0.30", "-o", plan, "-q"],
+        "prune": ["prune", folder, plan, "-o", out, "-q"],
+        "verify": ["verify", out, "--source", folder, "-q"],
+    }
+    for name, command in commands.items():
+        if "cached" not in name:
+            drop_caches()
+        figures[name] = timed(*command)
+        print(
+            f"{name:30} {figures[name]['seconds']:8.1f} s   {figures[name]['peak_bytes'] / 1e9:6.2f} GB of host memory"
+        )
+    figures["run"] = run = inside(folder)
+    source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    figures |= {"layers": layers, "source_bytes": source, "written_bytes": written}
+    per_layer = run["tokens"] * layers / run["seconds"]
+    compute = FULL_TOKENS * FULL_LAYERS / per_layer
+    share = FULL_BYTES / source
+    parts = {
+        "observe": compute + figures["observe"]["seconds"] - figures["observe again, files cached"]["seconds"],
+        "prune": figures["prune"]["seconds"] * share,
+        "verify": figures["verify"]["seconds"] * share,
+    }
+    figures |= {"tokens_times_layers_per_second": per_layer, "for_all_layers_seconds": parts}
+    rate, kind = figures["disk_bytes_per_second"], "cold" if figures["cold"] else "possibly cached"
+    print(
+        f"{source / 1e9:.1f} GB in {layers} layers, {written / 1e9:.1f} GB written; disk {rate / 1e9:.2f} GB/s ({kind})"
+    )
+    print(f"{run['tokens']:,} tokens in {run['waves']} waves, {run['place']}: {run['seconds']:.1f} s with files cached, "
+          f"{per_layer / 1e6:.3f}M tokens/s a layer; reading cold alone takes {run['read_bytes'] / rate:.1f} s")  # fmt: skip
+    ratio = figures["prune"]["seconds"] / figures["cp and sync"]["seconds"]
+    print(f"prune took {ratio:.2f} times as long as cp of what it wrote")
+    minutes = {name: round(seconds / 60, 1) for name, seconds in parts.items()}
+    print(
+        f"for {FULL_LAYERS} layers and {FULL_TOKENS:,} tokens: {minutes}, together {sum(parts.values()) / 60:.1f} minutes"
+    )
+    if report is not None:
+        report.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def inside(folder: Path) -> dict[str, Any]:
+    """The observation alone, without starting the process and reading the text."""
+    reply = subprocess.run(
+        [sys.executable, __file__, "ranks", str(folder)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return dict(json.loads(reply.splitlines()[-1]))
+
+
+def timed(*command: object) -> dict[str, float]:
+    begun = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "reapkit", *map(str, command)])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} ended with {status}")
+    return {"seconds": time.perf_counter() - begun, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def copied(out: Path) -> dict[str, float]:
+    """`cp` of the same bytes on the same disk, until they are on it, as `prune` waits for them."""
+    drop_caches()
+    copy = out.with_name(out.name + "-copy")
+    begun = time.perf_counter()
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    subprocess.run(["sync", "-f", str(copy)], check=True)
+    seconds = time.perf_counter() - begun
+    shutil.rmtree(copy)
+    return {"seconds": seconds}
+
+
+def drop_caches() -> bool:
+    """Make the next reading cold, where that is allowed."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def disk_rate(folder: Path) -> float:
+    path = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    begun, total = time.perf_counter(), 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(16 << 20):
+            total += len(chunk)
+    return total / (time.perf_counter() - begun)
+
+
+# ---- under a cap
+
+
+def cap(folder: Path, device_gb: float, samples: int) -> None:
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(device_gb * 1e9 / total)
+    from reapkit.observation import Observation, Run
+
+    observation = Observation(folder, [f"{folder / 'text.jsonl'}:{samples}"], run=Run(), max_length=LENGTH, seed=0)
+    with HostMemory() as host:
+        begun = time.perf_counter()
+        statistics = observation.run()
+        seconds = time.perf_counter() - begun
+    figures = {
+        "device_cap_bytes": device_gb * 1e9, "device_peak_bytes": torch.cuda.max_memory_reserved(),
+        "device_allocated_bytes": torch.cuda.max_memory_allocated(), "estimated_bytes": sum(observation.memory().values()),
+        "memory": observation.memory(), "host_peak_bytes": host.peak, "host_before_bytes": host.before,
+        "place": observation.place, "waves": len(observation.waves), "tokens": statistics.num_tokens,
+        "tokens_per_batch": max(batch.input_ids_BT.size for batch in observation.batches), "seconds": seconds,
+    }  # fmt: skip
+    print(json.dumps(figures))
+    assert figures["device_peak_bytes"] <= device_gb * 1e9
+
+
+class HostMemory:
+    """The largest resident memory of this process that is not file pages, sampled."""
+
+    def __enter__(self) -> HostMemory:
+        self.before = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+# ---- several GPUs
+
+
+def ranks(folder: Path) -> None:
+    from reapkit.observation import Observation, Run
+    from reapkit.ranks import Ranks
+
+    own = Ranks.from_environment()
+    observation = Observation(folder, [str(folder / "text.jsonl")], run=Run(), max_length=LENGTH, seed=0, ranks=own)
+    with own.joined():
+        own.wait()
+        begun = time.perf_counter()
+        statistics = observation.run()
+        own.wait()
+        seconds = time.perf_counter() - begun
+    if own.rank == 0:
+        print(json.dumps({
+            "ranks": own.count, "tokens": statistics.num_tokens, "seconds": seconds, "waves": len(observation.waves),
+            "place": observation.place, "read_bytes": observation.model.nbytes_per_pass * len(observation.waves),
+        }))  # fmt: skip
+    path = folder.with_name(f"{folder.name}.ranks-{own.count}")
+    if own.rank == 0:
+        statistics.save(path)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What does observing cost on two CPU cores, and how soon do the commands that need no model start?
+
+    python benchmarks/small_machine.py [--rows 96] [--rounds 5] [--json FILE]
+
+Runs the bundled model over the same micro-batches in turn: transformers' own forward of the whole model (`grouped_mm`, in memory), and
+observing it from disk; prints the ratio of the medians, which must be at most 1.2. Then starts `reapkit --help` and `reapkit plan`
+several times: at most 0.3 s and 1 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics as stats
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+MODEL = Path(__file__).parents[1] / "models/m2-nano"
+LIMITS = {"observe / forward": 1.2, "reapkit --help": 0.3, "reapkit plan": 1.0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    from transformers import AutoModelForCausalLM
+
+    from reapkit.observation import Observation, Run
+
+    data = [f"{MODEL / 'data/calibration.jsonl'}:{arguments.rows}"]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="grouped_mm").eval()
+    run = Run(device="cpu", dtype="float32")
+    times: dict[str, list[float]] = {"forward": [], "observe": []}
+    for _ in range(arguments.rounds + 1):
+        observation = Observation(MODEL, data, run=run, max_length=2048, seed=0)
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            for batch in observation.batches:
+                model.model(input_ids=torch.from_numpy(batch.input_ids_BT), use_cache=False)
+        times["forward"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        result = observation.run()
+        times["observe"].append(time.perf_counter() - begun)
+    forward, observe = (stats.median(times[name][1:]) for name in ("forward", "observe"))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "statistics"
+        result.save(path)
+        starts = {
+            "reapkit --help": started(arguments.rounds, "--help"),
+            "reapkit plan": started(
+                arguments.rounds, "plan", path, "--ratio", "0.25", "-o", Path(scratch) / "plan", "-q"
+            ),
+        }
+    figures = {"observe / forward": observe / forward} | {name: stats.median(values) for name, values in starts.items()}
+    print(f"{result.num_tokens:,} tokens: forward {forward:.2f} s, observed {observe:.2f} s")
+    for name, value in figures.items():
+        print(f"{name:20} {value:6.2f}   at most {LIMITS[name]}: {'yes' if value <= LIMITS[name] else 'NO'}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"figures": figures, "times": times, "starts": starts}, indent=2) + "\n")
+    return 0 if all(value <= LIMITS[name] for name, value in figures.items()) else 1
+
+
+def started(rounds: int, *arguments: object) -> list[float]:
+    """Seconds of a command from its start to its end, after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "reapkit", *map(str, arguments)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - begun)
+    return times[1:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
