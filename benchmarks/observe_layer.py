@@ -219,7 +219,10 @@ def errors(layer: Any, rotary: Any, config: Any, device: torch.device) -> dict[s
 
     result = {name: error(out) for name, out in outputs.items()}
     total = sums["plain"].gated_norm_SE.sum(0)
-    result["sums, fused against plain"] = float(np.abs(sums["fused"].gated_norm_SE.sum(0) - total).max() / total.max())
+    # Near-ties move pairs from one expert to another: half of the share that moved, and the change of the whole.
+    moved = np.abs(sums["fused"].count_SE.sum(0) - sums["plain"].count_SE.sum(0)).sum() / 2
+    result["pairs that went to another expert"] = float(moved / sums["plain"].count_SE.sum())
+    result["sums, fused against plain"] = float(abs(sums["fused"].gated_norm_SE.sum() / total.sum() - 1))
     return result
 
 

@@ -64,12 +64,12 @@ def _swiglu_kernel(gate_up, result, width, BLOCK: tl.constexpr):
         gate = tl.load(gate_up + 2 * pair * width + column, mask=inside, other=0.0)
         up = tl.load(gate_up + (2 * pair + 1) * width + column, mask=inside, other=0.0)
         wide = gate.to(tl.float32)
-        activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+        activated = wide / (1.0 + tl.exp(-wide))
         tl.store(result + pair * width + column, (activated * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
 def swiglu(gate_up_P2I: Tensor) -> Tensor:
-    """`silu(gate) * up`, [P, I], of the halves of a contiguous [P, 2 I]; rounded after `silu` too, as the modules do."""
+    """`silu(gate) * up`, [P, I], of the halves of a contiguous [P, 2 I]; in float32, rounded once."""
     width = gate_up_P2I.shape[1] // 2
     result = gate_up_P2I.new_empty(len(gate_up_P2I), width)
     if len(result):
@@ -91,12 +91,12 @@ def _rms_norm_kernel(hidden, weight, result, width, epsilon, BLOCK: tl.constexpr
         inside = column < width
         values = tl.load(hidden + row * width + column, mask=inside, other=0.0)
         factor = tl.load(weight + column, mask=inside, other=0.0)
-        normed = (values.to(tl.float32) * scale).to(values.dtype).to(tl.float32) * factor.to(tl.float32)
+        normed = values.to(tl.float32) * scale * factor.to(tl.float32)
         tl.store(result + row * width + column, normed.to(result.dtype.element_ty), mask=inside)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`weight * (x / sqrt(mean(x^2) + epsilon))` over the last dimension, in float32, rounded before the weight as the modules do."""
+    """`weight * (x / sqrt(mean(x^2) + epsilon))` over the last dimension; in float32, rounded once."""
     hidden = hidden.contiguous()
     width = hidden.shape[-1]
     result = torch.empty_like(hidden, dtype=torch.promote_types(hidden.dtype, weight.dtype))
@@ -125,16 +125,15 @@ def _rotate_kernel(
     angle = (batch * per_batch + token) * turned + column
     c = tl.load(cos + angle, mask=is_turned, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=is_turned, other=0.0).to(tl.float32)
-    # Rounded after each product, as the modules do.
-    first = (values.to(tl.float32) * c).to(values.dtype).to(tl.float32)
-    second = (others * s).to(values.dtype).to(tl.float32)
-    rotated = tl.where(is_turned, (first + second).to(values.dtype), values)
+    rotated = tl.where(is_turned, (values.to(tl.float32) * c + others * s).to(values.dtype), values)
     at_result = result + batch * stride_b_out + token * stride_t_out + head * stride_h_out
     tl.store(at_result + column, rotated, mask=inside)
 
 
 def rotate(heads_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Rotary position embedding of the first R of D values of each head, by halves; the others pass. Memory is laid out as the input's.
+    """Rotary position embedding of the first R of D values of each head, by halves; the others pass. In float32, rounded once.
+
+    The result's memory is laid out as the input's.
 
     Args:
         heads_BHTD: queries or keys; the last dimension contiguous.

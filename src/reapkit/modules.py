@@ -14,9 +14,11 @@ import ctypes
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,26 @@ from reapkit.tensors import TensorInfo
 
 # Threads that read a layer for a GPU. One copies some 3 GB/s from the system's cache to pinned memory, and a fast disk wants several.
 _READERS = 8
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The part of a tensor of all experts, [E, rows, columns], that is one expert's tensor on disk."""
+
+    target: str
+    expert: int
+    rows: slice
+
+
+def _is_stacking(converter: Any) -> bool:
+    """Whether a conversion puts experts one after the other, and of each its parts: nothing else."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
+    if len(kinds) != len(converter.operations) or len(converter.target_patterns) != 1:
+        return False
+    one, several = [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]
+    return kinds == (one if len(converter.source_patterns) == 1 else several)
 
 
 class StreamedModel:
@@ -134,8 +156,12 @@ class StreamedModel:
         return sum(info.nbytes for infos in (*self._by_layer, self._entry) for info in infos)
 
     def fetch(self, index: int) -> dict[str, Tensor]:
-        """A layer's tensors by on-disk name, read and dequantised; may run in another thread."""
-        return self._decode(self._by_layer[index])
+        """A layer's tensors by on-disk name, read and dequantised; may run in another thread.
+
+        Experts that the model keeps in one tensor are put there at once, under its own name, so that they are never held twice.
+        """
+        infos = self._by_layer[index]
+        return self._decode(infos, self._stacks(infos))
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put a fetched layer into the model."""
@@ -184,24 +210,70 @@ class StreamedModel:
         if self.mtp is not None:
             _to_meta(self.mtp.module)
 
-    def _decode(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
+    def _decode(self, infos: Sequence[TensorInfo], stacks: Mapping[str, _Slice] | None = None) -> dict[str, Tensor]:
         """Values by name once dequantised. For a GPU several threads read, and what they read is copied and computed with beside the
         layer that runs; all of it is done on return."""
         weights = [info for info in infos if not self.format.is_companion(info.name)]
-        names = [self.format.decoded(info, self.checkpoint.tensors)[0] for info in weights]
-        read = partial(decode, self.checkpoint, format=self.format, dtype=self.dtype, device=self.device)
-        if self._copies is None:
-            return dict(zip(names, map(read, weights), strict=True))
+        targets = {place.target: self._empty(place.target) for place in (stacks or {}).values()}
 
-        def read_aside(info: TensorInfo) -> Tensor:
+        def read(info: TensorInfo) -> tuple[str, Tensor] | None:
+            value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+            if stacks is None or (place := stacks.get(info.name)) is None:
+                return self.format.decoded(info, self.checkpoint.tensors)[0], value
+            targets[place.target][place.expert, place.rows] = value
+            return None
+
+        def read_aside(info: TensorInfo) -> tuple[str, Tensor] | None:
             # The current device and stream belong to the thread.
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
                 return read(info)
 
+        if self._copies is None:
+            return targets | dict(filter(None, map(read, weights)))
         with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
             values = list(readers.map(read_aside, weights))
         self._copies.synchronize()
-        return dict(zip(names, values, strict=True))
+        return targets | dict(filter(None, values))
+
+    def _empty(self, name: str) -> Tensor:
+        """Memory for one of the model's tensors; for a GPU the copying stream's, which fills it."""
+        like = self.module.get_parameter(name)
+        if self._copies is None:
+            return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        with torch.cuda.stream(self._copies):
+            return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+    def _stacks(self, infos: Sequence[TensorInfo]) -> dict[str, _Slice]:
+        """Where in a tensor of all experts a tensor of one expert goes, by its name on disk, where conversion would only stack them."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        found: dict[str, dict[str, _Slice]] = defaultdict(dict)
+        for info in infos:
+            if info.name not in self.layout.expert_of or self.format.is_companion(info.name):
+                continue
+            name, shape = self.format.decoded(info, self.checkpoint.tensors)
+            target, pattern = rename_source_key(
+                name, renamings, converters, self.module.base_model_prefix, self._state_names
+            )
+            own = [entry for entry in converters if pattern in entry.source_patterns and _is_stacking(entry)]
+            if len(own) != 1 or target not in self._state_names:
+                continue
+            sources = own[0].source_patterns
+            part, (experts, rows, columns) = sources.index(pattern), self.module.get_parameter(target).shape
+            height = rows // len(sources)
+            if tuple(shape) == (height, columns) and experts == self.layout.num_experts:
+                expert = self.layout.expert_of[info.name][1]
+                found[target][info.name] = _Slice(target, expert, slice(part * height, (part + 1) * height))
+        # One that lacks an expert is converted as it is, and refused.
+        whole = [
+            slices
+            for target, slices in found.items()
+            if sum(place.rows.stop - place.rows.start for place in slices.values())
+            == self.layout.num_experts * self.module.get_parameter(target).shape[1]
+        ]
+        return {name: place for slices in whole for name, place in slices.items()}
 
     def _assign(self, tensors: dict[str, Tensor], module: Any = None, conversions: list[Any] | None = None) -> None:
         """Convert on-disk names and layouts to the module's own, by default the whole model's, and assign them."""
