@@ -122,11 +122,11 @@ def write_tokenizer(folder: Path) -> None:
 def chain(folder: Path, out: Path, report: Path | None) -> None:
     figures: dict[str, Any] = {"cold": drop_caches(), "disk_bytes_per_second": disk_rate(folder)}
     layers = read(folder / "config.json")["num_hidden_layers"]
-    stats, plan = out.with_name(out.name + ".stats"), out.with_name(out.name + ".json")
+    stats, plan = out.with_name(f"{out.name}.safetensors"), out.with_name(f"{out.name}.json")
     text = str(folder / "text.jsonl")
     commands = {
         "observe": ["observe", folder, "--data", text, "-o", stats, "-q"],
-        "observe again, files cached": ["observe", folder, "--data", text, "-o", f"{stats}-again", "-q"],
+        "observe again, files cached": ["observe", folder, "--data", text, "-o", f"{stats}-again.safetensors", "-q"],
         "plan": ["plan", stats, "--ratio", "0.30", "-o", plan, "-q"],
         "prune": ["prune", folder, plan, "-o", out, "-q"],
         "verify": ["verify", out, "--source", folder, "-q"],
@@ -219,6 +219,7 @@ def disk_rate(folder: Path) -> float:
 
 
 def cap(folder: Path, device_gb: float, samples: int) -> None:
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as the command line sets it
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory

@@ -31,12 +31,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     from reapkit.observation import Observation, Run
 
     data = [f"{MODEL / 'data/calibration.jsonl'}:{arguments.rows}"]
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="grouped_mm").eval()
+    stored = json.loads((MODEL / "config.json").read_text())["quantization_config"]
+    dequantized = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=stored["modules_to_not_convert"])
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=torch.float32, experts_implementation="grouped_mm", quantization_config=dequantized
+    )
+    model = model.float().eval()
     run = Run(device="cpu", dtype="float32")
     times: dict[str, list[float]] = {"forward": [], "observe": []}
     for _ in range(arguments.rounds + 1):

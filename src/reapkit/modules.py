@@ -136,6 +136,11 @@ class StreamedModel:
         return int(self.module.get_input_embeddings().weight.shape[1])
 
     @property
+    def num_heads(self) -> int:
+        """Attention heads of a layer, by the config; 0 where it does not say."""
+        return int(getattr(self.module.config.get_text_config(), "num_attention_heads", None) or 0)
+
+    @property
     def vocab_size(self) -> int:
         return int(self.module.get_input_embeddings().weight.shape[0])
 

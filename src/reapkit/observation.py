@@ -45,6 +45,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # MiniMax-M2 take 6 GB in bf16. Where two layers and that do not fit on a GPU, as many halves of it as do.
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
 FEWEST_TOKENS = 2_048
+# What a GPU's libraries take for themselves, and what lies unused between allocations.
+WORKSPACES = {"cuda": 1 << 30, "cpu": 0}
 # Share of a device's memory that two layers and a running micro-batch may take, so that something is left for what is suspended.
 WORKING_SHARE = 0.9
 # Per token a suspended forward holds its hidden state and the embeddings that the model's own forward keeps alive.
@@ -259,7 +261,11 @@ class Observation:
             "two layers": 2 * model.layer_nbytes,
             "embeddings": model.entry_nbytes,
             ACTIVATIONS: self.held_bytes if self.place == "device" else min(self.held_bytes, RESIDENT * largest),
-            "a running micro-batch": _batch_bytes(model, max(batch.input_ids_BT.size for batch in self.batches)),
+            "a running micro-batch": max(
+                _batch_bytes(model, batch.input_ids_BT.size, length=batch.input_ids_BT.shape[1])
+                for batch in self.batches
+            ),
+            "workspaces": WORKSPACES[model.device.type],
         }
 
     def require_memory(self) -> None:
@@ -555,7 +561,7 @@ def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:
     """
     free = free_memory(model.device) - 2 * model.layer_nbytes
     if model.device.type == "cuda":
-        free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model))
+        free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model)) + WORKSPACES["cuda"]
     else:
         free //= sharing
     return max(int(free * BUDGET_SHARE[model.device.type]), 1 << 20)
@@ -565,26 +571,31 @@ def tokens_per_batch(model: StreamedModel) -> int:
     """Tokens of a micro-batch: by the memory that a device has, and not by what is free, so that a run can be repeated to the bit."""
     count = TOKENS_PER_BATCH[model.device.type]
     if model.device.type == "cuda":
-        room = WORKING_SHARE * total_memory(model.device) - 2 * model.layer_nbytes - model.entry_nbytes
+        taken = 2 * model.layer_nbytes + model.entry_nbytes + WORKSPACES["cuda"]
+        room = WORKING_SHARE * total_memory(model.device) - taken
         while count > FEWEST_TOKENS and _batch_bytes(model, count) > room:
             count //= 2
     return count
 
 
-def _batch_bytes(model: StreamedModel, tokens: int) -> int:
+def _batch_bytes(model: StreamedModel, tokens: int, *, length: int = 0) -> int:
     """Temporaries of a micro-batch in one MoE layer.
 
     Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
-    both halves of the inner activation with two products, four times the inner size; with fused kernels the input and the output, both
-    halves and their product alone. Per token some ten hidden sizes for attention.
+    both halves of the inner activation with two products, four times the inner size. With fused kernels the input with both halves and
+    their product, and later with the output. Per token some ten hidden sizes for attention; in float32 on a GPU torch has no fused
+    attention for grouped heads, so the scores of documents of a `length` are held, twice.
     """
     experts = next(part for layer in model.layers if (part := experts_of(layer)) is not None)
     weights = sum(parameter.numel() for parameter in experts.parameters())
+    hidden, top_k = model.hidden_size, model.layout.top_k
     # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
-    inner = weights // model.layout.num_experts // model.hidden_size // (3 if experts.has_gate else 2)
-    pair = 4 * (model.hidden_size + inner) if model.kernels is None else 2 * model.hidden_size + 3 * inner
-    size = torch.empty((), dtype=model.dtype).element_size()
-    return int(tokens * (model.layout.top_k * pair + 10 * model.hidden_size) * size)
+    inner = weights // model.layout.num_experts // hidden // (3 if experts.has_gate else 2)
+    pair = 4 * (hidden + inner) if model.kernels is None else max(hidden + 3 * inner, 2 * hidden + inner)
+    values = tokens * (top_k * pair + 10 * hidden)
+    if model.device.type == "cuda" and model.dtype == torch.float32:
+        values += 2 * tokens * length * model.num_heads
+    return values * torch.empty((), dtype=model.dtype).element_size()
 
 
 def _flops_per_token(model: StreamedModel) -> float:
