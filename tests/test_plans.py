@@ -117,7 +117,7 @@ def test_a_saved_plan_is_read_back_and_has_a_line_per_layer(tmp_path: Path) -> N
         ({"kept": {"a": [1]}}, "is not a whole plan: ValueError"),
         ({"kept": {"0": [1, 2.5, 3]}}, "is not a whole plan: ValueError 2.5 is not the number of an expert"),
         ({"kept": None}, "is not a whole plan"),
-        ({"source": {}}, "is not a whole plan: TypeError"),
+        ({"source": {}}, "is not a whole plan: ValueError the source has the entries []"),
         ({"num_kept": 4}, "says it keeps 4 experts a layer and lists 3"),
     ],
 )

@@ -386,7 +386,7 @@ def test_a_damaged_manifest_is_refused(out: Path) -> None:
         tiny.write_json(out / MANIFEST_NAME, {name: value for name, value in whole.items() if name != key})
         refuse(out, "reapkit.json in ")
     tiny.write_json(out / MANIFEST_NAME, {**whole, "surplus": 1})
-    refuse(out, "is damaged: TypeError")
+    refuse(out, "is damaged: ValueError the entry 'surplus' is unknown")
     (out / MANIFEST_NAME).write_text("[]")
     refuse(out, "reapkit.json holds a JSON list")
 

@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean
+from reapkit.errors import DataError, UnsupportedError, UsageError, did_you_mean, is_failure, reason_of
+from reapkit.interrupts import within
 from reapkit.statistics import NUM_FOLDS
 
 # The published mix for agentic reasoning checkpoints: six equal parts.
@@ -58,6 +59,15 @@ _MAX_PADDING = 1 / 8
 # Samples tokenised in one call: fast tokenizers share a call's texts among their threads.
 _TOKENIZER_CHUNK = 256
 
+# A row of JSON lines, and a file that is one text or one list of rows. Agents' trajectories take a few megabytes; a compressed file may
+# unfold to a thousand times its size.
+_MAX_ROW_BYTES = 100_000_000
+_MAX_FILE_BYTES = 1_000_000_000
+
+# What a chat's template may take: a program from a stranger, of which loops in loops would not end. Usual ones take milliseconds, and
+# seconds where a processor prepares many large images.
+_TEMPLATE_SECONDS = 60.0
+
 # Templates that print today's date would give other tokens, and another digest, every day: a macro of the same name
 # takes the function's place. gpt-oss asks for the first form and Llama for the second.
 _FIXED_DATE = (
@@ -68,6 +78,7 @@ _FIXED_DATE = (
 
 
 _Item = TypeVar("_Item")
+_NO_TOKENS: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 
 class Tokenizer(Protocol):
@@ -433,23 +444,19 @@ def _open(path: Path) -> BinaryIO:
 
 def _read_jsonl(path: Path) -> Iterator[_Row]:
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number in itertools.count(1):
+            where = f"{path} line {number}"
+            line = file.readline(_MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            if len(line) > _MAX_ROW_BYTES:
+                raise DataError(f"{where} has more than {_MAX_ROW_BYTES:,} bytes", hint="is it one row a line?")
             if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where} is not JSON: {error}") from error
-                yield _row(where, value)
+                yield _row(where, _parsed(line, where))
 
 
 def _read_json(path: Path) -> Iterator[_Row]:
-    with _open(path) as file:
-        try:
-            rows = json.loads(file.read())
-        except ValueError as error:
-            hint = "a file with one row a line must end in .jsonl" if str(error).startswith("Extra data") else None
-            raise DataError(f"{path} is not JSON: {error}", hint=hint) from error
+    rows = _parsed(_whole(path), str(path))
     if not isinstance(rows, list):
         raise DataError(f"{path} holds {_kind(rows)}, not a list of rows", hint="write [{...}, {...}]")
     for number, value in enumerate(rows, start=1):
@@ -465,17 +472,38 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield _row(f"{path} row {number}", fields)
-    except ValueError as error:  # pyarrow.ArrowInvalid
-        raise DataError(f"{path} is not Parquet: {error}") from error
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # pyarrow raises kinds of its own, and plain ones for values that Python lacks
+        raise DataError(f"{path} is not Parquet: {reason_of(error)}") from error
 
 
 def _read_text(path: Path) -> Iterator[_Row]:
-    with _open(path) as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        text = _whole(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
     yield _Row(str(path), {"text": text})
+
+
+def _whole(path: Path) -> bytes:
+    with _open(path) as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise DataError(
+            f"{path} holds more than {_MAX_FILE_BYTES:,} bytes", hint="write its rows as .jsonl, one a line"
+        )
+    return content
+
+
+def _parsed(text: bytes | str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{where} is not JSON: nested too deeply") from None
+    except ValueError as error:
+        hint = "a file with one row a line must end in .jsonl" if str(error).startswith("Extra data") else None
+        raise DataError(f"{where} is not JSON: {error}", hint=hint) from error
 
 
 def _read_hub(source: DataSource, seed: int) -> Iterator[_Row]:
@@ -618,10 +646,7 @@ def _decoded(row: _Row, column: str) -> Any:
     value = row.fields[column]
     if not isinstance(value, str):
         return _without_nulls(value)
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise DataError(f"{row.where}: column {column} is not JSON: {error}") from error
+    return _parsed(value, f"{row.where}: column {column}")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -691,7 +716,11 @@ def _image(row: _Row, part: dict[str, Any], name: str) -> Path:
             hint=f"download it, then {usual}; nothing is fetched for it",
         )
     path = row.folder / Path(value).expanduser()
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
         raise DataError(
             f"{row.where}: there is no image {path}", hint="paths are relative to the folder of the file with the rows"
         )
@@ -708,7 +737,7 @@ def _tool_call(row: _Row, call: Any) -> dict[str, Any]:
         # A model's own arguments may be broken JSON: then the template decides about the string.
         try:
             parsed = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         arguments = parsed if isinstance(parsed, dict) else arguments
     outer = call if function is not call else {}
@@ -847,17 +876,32 @@ def _tokenize(
                 texts.append("")
             else:
                 texts.append(_encodable(_render(row, content, tokenizer) if isinstance(content, _Chat) else content))
-        ids: dict[int, Sequence[int]] = {}
+        ids: dict[int, npt.NDArray[np.int32]] = {}
         for chat in (True, False):
             chosen = [number for number, text in enumerate(texts) if text and is_chat[number] == chat]
             if chosen:
-                encoded = tokenizer([texts[number] for number in chosen], add_special_tokens=not chat, verbose=False)
-                ids.update(zip(chosen, encoded["input_ids"], strict=True))
+                encoded = _encoded(tokenizer, [texts[number] for number in chosen], add_special_tokens=not chat)
+                ids.update(zip(chosen, encoded, strict=True))
         bos = tokenizer.bos_token_id
         for number in range(len(texts)):
-            ids_T = np.asarray(ids.get(number, ()), dtype=np.int32)
+            ids_T = ids.get(number, _NO_TOKENS)
             doubled = not is_chat[number] and bos is not None and len(ids_T) > 1 and (ids_T[:2] == bos).all()
             yield seen.get(number, (ids_T[1:] if doubled else ids_T, None))
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[npt.NDArray[np.int32]]:
+    """Token ids of each text.
+
+    Raises:
+        DataError: the tokenizer fails, as one from a stranger's files may in any way.
+    """
+    try:
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    except BaseException as error:  # panics of the library's Rust part are no Exception
+        if not is_failure(error):
+            raise
+        raise DataError(f"the checkpoint's tokenizer fails: {reason_of(error)}", hint="fetch it again") from error
 
 
 def _encodable(text: str) -> str:
@@ -894,16 +938,16 @@ def _applied(
 ) -> _Item:
     """What a template makes of a chat's messages; DataError, with the row and the reason, where it fails."""
     try:
-        try:
-            return apply(chat.messages)
-        except TypeError:
-            # Some templates (DeepSeek's) add the arguments to a string: those want them as JSON text.
-            if not any("tool_calls" in message for message in chat.messages):
-                raise
-            return apply(_with_text_arguments(chat.messages))
+        with within(_TEMPLATE_SECONDS):
+            try:
+                return apply(chat.messages)
+            except TypeError:
+                # Some templates (DeepSeek's) add the arguments to a string: those want them as JSON text.
+                if not any("tool_calls" in message for message in chat.messages):
+                    raise
+                return apply(_with_text_arguments(chat.messages))
     except Exception as error:  # a template is a program from the checkpoint and may fail in any way
-        reason = str(error).strip() or type(error).__name__
-        raise DataError(f"{row.where}: {failure}: {reason}", hint=hint) from error
+        raise DataError(f"{row.where}: {failure}: {str(error).strip() or type(error).__name__}", hint=hint) from error
 
 
 def _see(row: _Row, chat: _Chat, processor: Callable[[], Processor] | None) -> tuple[npt.NDArray[np.int32], Images]:

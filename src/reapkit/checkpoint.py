@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reapkit.errors import CheckpointError, UnsupportedError, UsageError
-from reapkit.tensors import TensorInfo, parse_json, read_header
+from reapkit.tensors import MAX_JSON_BYTES, TensorInfo, brief, parse_json, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -200,7 +200,8 @@ def refuse_unfinished(path: Path) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json`, parsed."""
-    return parse_json(_read_small(path, CONFIG_NAME), origin=CONFIG_NAME)
+    # State-space layers' `time_step_limit` ends at Infinity in published configs.
+    return parse_json(read_small(path, CONFIG_NAME), origin=CONFIG_NAME, infinite=True)
 
 
 def read_index(path: Path) -> tuple[dict[str, str], str]:
@@ -210,7 +211,7 @@ def read_index(path: Path) -> tuple[dict[str, str], str]:
         CheckpointError: there is no index, or it names a file outside the folder.
     """
     if (path / INDEX_NAME).exists():
-        index = parse_json(_read_small(path, INDEX_NAME), origin=INDEX_NAME)
+        index = parse_json(read_small(path, INDEX_NAME), origin=INDEX_NAME)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{INDEX_NAME} has no table weight_map of tensor names to shard names")
@@ -234,23 +235,34 @@ def shard_path(path: Path, file: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
         raise CheckpointError(f"{INDEX_NAME} names {file!r}, which is outside the checkpoint")
     full = path / file
-    if not full.exists():
-        raise CheckpointError(
-            f"the shard {file} is missing from {path}", hint="fetch it again, or the download never finished"
-        )
-    if not full.is_file() or not is_inside(full, path):
-        raise CheckpointError(f"the shard {file} is not a plain file of {path}")
+    try:
+        if not full.exists():
+            raise CheckpointError(
+                f"the shard {file} is missing from {path}", hint="fetch it again, or the download never finished"
+            )
+        if not full.is_file() or not is_inside(full, path):
+            raise CheckpointError(f"the shard {file} is not a plain file of {path}")
+    except OSError as error:
+        raise CheckpointError(f"the shard {brief(file)} cannot be looked up: {error.strerror}") from None
     return full
 
 
 def is_inside(file: Path, folder: Path) -> bool:
     """Whether a file, links resolved, lies in the folder or in the hub cache that the folder belongs to."""
-    resolved, root = file.resolve(), folder.resolve()
+    try:
+        resolved, root = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # links that lead to each other, or to where nothing may be looked up
+        return False
     cache = root.parent.parent / "blobs"
     return resolved.is_relative_to(root) or (root.parent.name == "snapshots" and resolved.is_relative_to(cache))
 
 
-def _read_small(path: Path, name: str) -> bytes:
+def read_small(path: Path, name: str) -> bytes:
+    """A JSON file of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is missing, not a plain file of the folder, or too large to be one.
+    """
     full = path / name
     if not full.exists():
         raise CheckpointError(
@@ -259,24 +271,50 @@ def _read_small(path: Path, name: str) -> bytes:
     if not full.is_file() or not is_inside(full, path):
         raise CheckpointError(f"{name} is not a plain file of {path}")
     try:
+        if (size := full.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{name} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
         return full.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _sidecars(path: Path) -> tuple[str, ...]:
-    return tuple(sorted(_walk_sidecars(path, path)))
+    names = sorted(_walk_sidecars(path))
+    if odd := [name for name in names if not name.isprintable() or any("\ud800" <= sign <= "\udfff" for sign in name)]:
+        raise CheckpointError(
+            f"{path} holds a file whose name has signs that cannot be printed: {odd[0]!r}", hint="remove or rename it"
+        )
+    return tuple(names)
 
 
-def _walk_sidecars(folder: Path, root: Path) -> Iterator[str]:
-    for entry in folder.iterdir():
-        if entry.name.startswith(".") or not is_inside(entry, root):
-            continue
-        if entry.is_dir():
-            if entry.name not in _FOREIGN_FOLDERS and entry.name != "__pycache__":
-                yield from _walk_sidecars(entry, root)
-        elif entry.is_file() and not _is_own_or_weight(entry, root):
-            yield entry.relative_to(root).as_posix()
+def _walk_sidecars(root: Path) -> Iterator[str]:
+    # Links to folders are not followed: they may lead round in circles.
+    for folder, folders, files in os.walk(root):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name not in {*_FOREIGN_FOLDERS, "__pycache__"}
+        ]
+        for entry in (Path(folder, name) for name in files if not name.startswith(".")):
+            if is_inside(entry, root) and entry.is_file() and not _is_own_or_weight(entry, root):
+                yield entry.relative_to(root).as_posix()
+
+
+def require_plain_files(path: Path) -> None:
+    """Refuse a folder from which transformers is to read where a link leads out of it, or a pipe or device stands in a file's place.
+
+    Raises:
+        CheckpointError: it names the entry.
+    """
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder, name) for name in (*files, *folders)):
+            if not is_inside(entry, path):
+                raise CheckpointError(
+                    f"{entry.relative_to(path).as_posix()!r} in {path} leads out of the checkpoint",
+                    hint="put the file itself there, or remove it",
+                )
+            if entry.exists() and not entry.is_file() and not entry.is_dir():
+                raise CheckpointError(
+                    f"{entry.relative_to(path).as_posix()!r} in {path} is neither a file nor a folder"
+                )
 
 
 def _is_own_or_weight(entry: Path, root: Path) -> bool:

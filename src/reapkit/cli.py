@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from reapkit import __version__
-from reapkit.errors import ReapkitError, UsageError, did_you_mean
+from reapkit.errors import ReapkitError, UsageError, did_you_mean, redacted
 from reapkit.interrupts import heard
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ err = Console(stderr=True)
 
 # Where suspended activations are kept, in words.
 _PLACES = {"device": "on the device", "host": "in the host's pinned memory", "disk": "in temporary files"}
+# Control signs and escapes, line breaks of every kind, halves of surrogate pairs, and signs that turn the direction of writing.
+_STEERING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
 EXIT_ANSWERED_NO = 3
 EXIT_SIGNALLED = 128  # plus the signal's number, as shells count: 130 for Ctrl-C
 
@@ -112,7 +117,7 @@ def _verb(function: Function) -> Function:
                 function(*args, **kwargs)
         except ReapkitError as error:
             if kwargs.get("verbose"):
-                err.print_exception()
+                _note("\n".join(map(_escape, traceback.format_exc().splitlines())))
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interruption:
@@ -163,7 +168,8 @@ def inspect(
         return
     about = " (sizes estimated from the configuration)" if inventory.estimated else ""
     out.print(
-        f"[bold]{_escape(inventory.origin)}[/]: {inventory.architecture}, {inventory.format}{about}", highlight=False
+        f"[bold]{_escape(inventory.origin)}[/]: {inventory.architecture}, {_escape(inventory.format)}{about}",
+        highlight=False,
     )
     out.print(
         f"{inventory.num_layers} layers, {inventory.moe_layers} of them with {inventory.num_experts} experts, "
@@ -460,7 +466,7 @@ def compare(
         out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.samples:,} samples, seed {seed}; +- is one standard error",
                   highlight=False)  # fmt: skip
     for sentence in failed:
-        _note(f"[bold red]failed:[/] {sentence}")
+        _note(f"[bold red]failed:[/] {_escape(sentence)}")
     if failed:
         raise typer.Exit(EXIT_ANSWERED_NO)
 
@@ -525,7 +531,11 @@ def _main(
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = redacted(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    # JSON itself escapes the others.
+    sys.stdout.write(
+        _STEERING.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text) + "\n"
+    )
 
 
 def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | None = None) -> None:
@@ -650,8 +660,15 @@ def _shrinking(manifest: Manifest) -> str:
     return f"{experts}{parameters}, {_size(before.bytes)} to {_size(after.bytes)}"
 
 
+class _Table(Table):
+    """A table whose cells are printed as they are."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(_escape(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def _table(*columns: str, numbers: bool = True) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table = _Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and position else "left", overflow="fold")
     return table
@@ -676,9 +693,8 @@ def _size(count: float) -> str:
 
 
 def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    """A text from outside as it may be printed: without rich's markup, signs that steer a terminal, tokens and passwords."""
+    return escape(_STEERING.sub(lambda match: ascii(match[0])[1:-1], redacted(text)))
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------------------------

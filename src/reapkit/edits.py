@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reapkit.checkpoint import CONFIG_NAME, Checkpoint
-from reapkit.errors import CheckpointError, UnsupportedError, UsageError
+from reapkit.checkpoint import CONFIG_NAME, Checkpoint, read_small
+from reapkit.errors import UnsupportedError, UsageError
 from reapkit.layout import MoELayout, StackedTensor
 from reapkit.plans import PruningPlan
-from reapkit.quantization import PLAIN_DTYPES, Format, read_format
+from reapkit.quantization import PLAIN_DTYPES, Format, compiled, read_format
 from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def edit_sidecars(
         if dequantize:
             edited[name] = None
             continue
-        described = parse_json((checkpoint.path / name).read_bytes(), origin=name)
+        described = parse_json(read_small(checkpoint.path, name), origin=name)
         if (followed := names.follow(described)) != described:
             edited[name] = _json_text(followed)
     return edited
@@ -348,10 +348,7 @@ def _pattern(name: str) -> tuple[str, re.Pattern[str] | None]:
     """
     if name.startswith(("re:", "+:", "-:")):
         marker, _, text = name.partition(":")
-        try:
-            return marker + ":", re.compile(text)
-        except re.error as error:
-            raise CheckpointError(f"the quantisation's pattern {name!r} is not a regular expression: {error}") from None
+        return marker + ":", compiled(text, where="the quantisation")
     if any(sign in name for sign in "*?["):
         return "", re.compile(fnmatch.translate(name))
     if _BARE_EXPERT.search(name) and not _NAMED_EXPERT.search(name):

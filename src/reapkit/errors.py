@@ -6,7 +6,16 @@ The command line prints `message`, then `hint` on a line of its own, and exits w
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+# A name from a stranger's file may have megabytes; nobody reads on after a screen.
+LONGEST_MESSAGE = 4_000
+# A hub token, and user and password in an address.
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 
 
 class ReapkitError(Exception):
@@ -20,9 +29,12 @@ class ReapkitError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = redacted(message)
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}… ({len(message):,} characters)"
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = None if hint is None else redacted(hint)[:LONGEST_MESSAGE]
 
 
 class CheckpointError(ReapkitError):
@@ -55,8 +67,27 @@ class UsageError(ReapkitError):
     exit_code = 2
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed: an Exception, or a panic of its Rust part, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says, else the kind of its error."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def redacted(text: str) -> str:
+    """A text without the tokens of the hub and without user and password in addresses."""
+    for name in _TOKEN_VARIABLES:
+        if len(secret := os.environ.get(name, "").strip()) >= 8:
+            text = text.replace(secret, "***")
+    return _CREDENTIALS.sub("***@", _TOKEN.sub("***", text))
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """A hint that names the closest known word, else all of them."""
     words = sorted(known)
-    close = difflib.get_close_matches(given, words, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given[:100], words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(words)}"

@@ -23,7 +23,14 @@ from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, DataError, UsageError, did_you_mean
 from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
-from reapkit.observation import Run, bytes_per_token, default_budget, max_suspended, split_into_waves
+from reapkit.observation import (
+    Run,
+    bytes_per_token,
+    default_budget,
+    max_suspended,
+    require_embeddings,
+    split_into_waves,
+)
 from reapkit.progress import Progress, silent
 
 # Logits of one micro-batch of both models, in float32, are held at once: this bounds them at 2 x 1 GB.
@@ -141,6 +148,7 @@ def compare(
                               "their predictions cannot be compared")  # fmt: skip
     tokenizer = load_tokenizer(models[0].checkpoint, trust_remote_code=run.trust_remote_code)
     text = load(data, tokenizer, max_length=max_length, seed=seed)
+    require_embeddings(text, models[0])
     sums_DM, tokens_D, domain_D = _measure(models, text, budget=run.activation_budget, progress=progress)
     if not tokens_D.any():
         raise UsageError("no document of the data has two tokens, so there is nothing to predict")

@@ -78,3 +78,26 @@ def heard(announce: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Work that is given up after so many seconds, between two steps of Python; only the main thread can be told the time.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, handler)

@@ -23,6 +23,7 @@ from reapkit.checkpoint import (
     locate,
     read_config,
     read_index,
+    read_small,
     refuse_unfinished,
     text_section,
 )
@@ -373,7 +374,7 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
 
 def _total_size(path: Path) -> int | None:
     """The bytes of all tensors that the index gives; None where it gives none."""
-    metadata = parse_json((path / INDEX_NAME).read_bytes(), origin=INDEX_NAME).get("metadata")
+    metadata = parse_json(read_small(path, INDEX_NAME), origin=INDEX_NAME).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     # Some vendors' tools write a float.
     return int(total) if isinstance(total, int | float) and 1 <= total < math.inf else None

@@ -9,16 +9,20 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 from reapkit.checkpoint import CONFIG_NAME, Checkpoint, text_section
 from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.quantization import read_format
-from reapkit.tensors import TensorInfo
+from reapkit.tensors import TensorInfo, as_table, as_text, brief
 
 Role = Literal["expert", "router", "bias"]
+
+# More than any model has; counts of a stranger's config are believed only below it, since memory and time follow them. The largest
+# public releases have 126 layers and 1,024 experts.
+LARGEST_COUNT = 100_000
 
 # What is read of each tensor to tell revisions apart: a page, of which training leaves no byte alone for long.
 SAMPLED_BYTES = 4096
@@ -324,6 +328,20 @@ class Identity:
             checkpoint.fingerprint(sampled, limit=SAMPLED_BYTES),
         )
 
+    @classmethod
+    def from_json(cls, value: Any) -> Identity:
+        """Read from a file.
+
+        Raises:
+            ValueError: it is not what `asdict` gives.
+        """
+        entries = as_table(value)
+        if entries.keys() != {part.name for part in fields(cls)}:
+            raise ValueError(f"the source has the entries {brief(sorted(entries))}")
+        revision = entries["revision"]
+        texts = {name: as_text(entry) for name, entry in entries.items() if name != "revision"}
+        return cls(revision=None if revision is None else as_text(revision), **texts)
+
     def differing(self, other: Identity, *, siblings: bool = False) -> str | None:
         """What tells the models apart, None where nothing does; with `siblings` another format does not."""
         if self.routing != other.routing:
@@ -344,7 +362,13 @@ def config_count(config: Mapping[str, Any], keys: Iterable[str], *, what: str) -
         raise CheckpointError(f"{CONFIG_NAME} has no {what}: none of {', '.join(keys)}")
     values = [entry for value in found.values() for entry in (value if isinstance(value, list) else [value])]
     if not values or any(type(value) is not int or value < 1 for value in values):
-        raise CheckpointError(f"{CONFIG_NAME} gives {what} as {found}, where a positive whole number is expected")
+        raise CheckpointError(
+            f"{CONFIG_NAME} gives {what} as {brief(found)}, where a positive whole number is expected"
+        )
+    if (largest := max(values)) > LARGEST_COUNT:
+        raise CheckpointError(
+            f"{CONFIG_NAME} gives {what} as {brief(largest)}, and no model has more than {LARGEST_COUNT:,}"
+        )
     if len(set(values)) > 1:
         raise CheckpointError(f"{CONFIG_NAME} contradicts itself on {what}: {found}")
     return int(values[0])

@@ -11,6 +11,7 @@ Shape suffixes: B = documents, T = tokens, D = hidden size, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 import threading
 import weakref
@@ -30,21 +31,14 @@ from torch import Tensor, nn
 
 from reapkit.activations import Place, Spill, is_spillable
 from reapkit.calibration import Images
-from reapkit.checkpoint import Checkpoint, read_config
-from reapkit.errors import CheckpointError, DataError, UnsupportedError
-from reapkit.experts import (
-    EXPERTS_NAME,
-    RoutedObserver,
-    adapt,
-    experts_of,
-    observed_experts,
-    running,
-)
+from reapkit.checkpoint import Checkpoint, read_config, read_small, require_plain_files
+from reapkit.errors import CheckpointError, DataError, ReapkitError, UnsupportedError, is_failure, reason_of
+from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
 from reapkit.formats import decode
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
 from reapkit.quantization import HINT, Format, read_format
-from reapkit.tensors import TensorInfo
+from reapkit.tensors import TensorInfo, brief
 
 # Threads that read a layer for a GPU. One copies some 3 GB/s from the system's cache to pinned memory, and a fast disk wants several.
 _READERS = 8
@@ -478,11 +472,11 @@ def build_meta_model(
     path: Path, architecture: Architecture, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
     """The model of a folder's config.json on the meta device, its experts routed through `observed_experts`."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, observed_experts)
+    require_plain_files(path)
     try:
         with _quiet_transformers():
             stored = read_config(path)
@@ -511,12 +505,13 @@ def build_meta_model(
                     config, dtype=dtype, experts_implementation=EXPERTS_NAME, trust_remote_code=trust_remote_code
                 )
                 adapt(model)
-    except (StrictDataclassError, OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a config from a stranger reaches code that expects any other
+        if isinstance(error, ReapkitError):
+            raise
         if "trust_remote_code" in str(error):
             raise UnsupportedError(f"{origin} needs code of its own to run, which was not allowed",
                                    hint="read that code, then pass --trust-remote-code") from None  # fmt: skip
-        raise UnsupportedError(f"transformers cannot build this model: {reason}") from None
+        raise UnsupportedError(f"transformers cannot build this model: {reason_of(error)}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -576,12 +571,33 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """
     from transformers import AutoTokenizer
 
+    require_plain_files(checkpoint.path)
     try:
+        _require_printable_keys(checkpoint)
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the tokenizer of {checkpoint.origin} cannot be loaded: {reason}") from None
+    except (
+        BaseException
+    ) as error:  # the library raises whatever its parts do, and panics of its Rust part are no Exception
+        if isinstance(error, ReapkitError) or not is_failure(error):
+            raise
+        raise CheckpointError(f"the tokenizer of {checkpoint.origin} cannot be loaded: {reason_of(error)}") from None
+
+
+def _require_printable_keys(checkpoint: Checkpoint) -> None:
+    """Refuse signs that steer a terminal among the keys of tokenizer_config.json: the tokenizers library prints those it does not know."""
+    name = "tokenizer_config.json"
+    if not (checkpoint.path / name).exists():
+        return
+    stack = [json.loads(read_small(checkpoint.path, name))]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            if odd := [key for key in value if not key.isprintable()]:
+                raise CheckpointError(f"{name} has the key {brief(odd[0])}, which cannot be printed")
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
 
 
 def load_processor(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -606,6 +622,7 @@ def load_processor(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
             f"{checkpoint.origin} brings no image processor: it has neither {' nor '.join(described)}",
             hint="fetch these files from where the checkpoint came from",
         )
+    require_plain_files(checkpoint.path)
     try:
         with _quiet_transformers():
             try:
@@ -614,10 +631,11 @@ def load_processor(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
                 processor = _processor_without_videos(checkpoint.path, error)
         if getattr(processor, "image_processor", None) is None:
             raise ValueError("there is none in its files")
-    except (ImportError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except BaseException as error:  # as in `load_tokenizer`
+        if not is_failure(error):
+            raise
         raise DataError(
-            f"the image processor of {checkpoint.origin} cannot be loaded: {reason}",
+            f"the image processor of {checkpoint.origin} cannot be loaded: {reason_of(error)}",
             hint="pip install torchvision" if "torchvision" in str(error).lower() else "fetch the checkpoint again",
         ) from None
     return processor
@@ -631,7 +649,7 @@ def _processor_without_videos(path: Path, error: ImportError) -> Any:
     """
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(str(path))
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     family: Any = PROCESSOR_MAPPING.get(type(config), None)
     if family is None or set(family.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
         raise error
@@ -641,9 +659,9 @@ def _processor_without_videos(path: Path, error: ImportError) -> Any:
             """Passes no video processor, of which transformers' own check looks up the class."""
 
     described, _ = family.get_processor_dict(str(path))
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     return WithoutVideos(
-        image_processor=AutoImageProcessor.from_pretrained(str(path)),
+        image_processor=AutoImageProcessor.from_pretrained(str(path), trust_remote_code=False),
         tokenizer=tokenizer,
         chat_template=described.get("chat_template") or tokenizer.chat_template,
     )

@@ -27,7 +27,7 @@ from reapkit.activations import PLACES, RESIDENT, Place
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import DataError, ResourceError, UnsupportedError, UsageError, did_you_mean
+from reapkit.errors import CheckpointError, DataError, ResourceError, UnsupportedError, UsageError, did_you_mean
 from reapkit.experts import experts_of
 from reapkit.interrupts import deferred, safe_point
 from reapkit.layout import Identity
@@ -196,6 +196,7 @@ class Observation:
             trust_remote_code=run.trust_remote_code,
             plain=run.plain,
         )
+        require_embeddings(self.data, self.model)
         self.seed = seed
         self.source = Identity.of(self.checkpoint, self.layout)
         self.settings: dict[str, Any] = {
@@ -499,6 +500,18 @@ def observe(
 
 def _parts(memory: Mapping[str, int]) -> str:
     return ", ".join(f"{size / 1e9:,.2f} GB for {part}" for part, size in memory.items())
+
+
+def require_embeddings(data: CalibrationData, model: StreamedModel) -> None:
+    """Raise CheckpointError where the tokenizer gives a token that the model has no embedding for."""
+    for document in data.documents:
+        lowest, largest = int(document.input_ids.min()), int(document.input_ids.max())
+        if lowest < 0 or largest >= model.vocab_size:
+            odd = lowest if lowest < 0 else largest
+            raise CheckpointError(
+                f"the tokenizer of {model.checkpoint.origin} gives the token {odd:,}, and the model has {model.vocab_size:,} embeddings",
+                hint="is the tokenizer that of this model?",
+            )
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:

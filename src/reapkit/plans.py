@@ -25,7 +25,17 @@ from reapkit.criteria import Scores
 from reapkit.errors import CheckpointError, PlanError, UsageError
 from reapkit.layout import Identity, MoELayout
 from reapkit.statistics import Statistics
-from reapkit.tensors import parse_json
+from reapkit.tensors import (
+    MAX_JSON_BYTES,
+    MAX_NUMBER,
+    as_count,
+    as_flag,
+    as_list,
+    as_text,
+    brief,
+    parse_json,
+    read_layers,
+)
 
 FORMAT = "reapkit-plan-1"
 MTP_POLICIES = "same-as-last, same-as-layer-N or drop"
@@ -201,6 +211,8 @@ class PruningPlan:
         """
         if not path.is_file():
             raise PlanError(f"there is no plan {path}", hint="make one with reapkit plan")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise PlanError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
         try:
             described = parse_json(path.read_bytes(), origin=str(path))
         except CheckpointError as error:
@@ -217,32 +229,27 @@ class PruningPlan:
         if unknown := sorted(described.keys() - known):
             raise PlanError(f"{origin} has the unknown entry {unknown[0]!r}")
         try:
-            kept = {int(layer): tuple(experts) for layer, experts in described["kept"].items()}
+            kept = {layer: tuple(as_list(experts)) for layer, experts in read_layers(described["kept"])}
             if odd := [expert for experts in kept.values() for expert in experts if type(expert) is not int]:
-                raise ValueError(f"{odd[0]!r} is not the number of an expert")
+                raise ValueError(f"{brief(odd[0])} is not the number of an expert")
+            seed = described["seed"]
             plan = cls(
-                source=Identity(**described["source"]),
-                criterion=described["criterion"],
-                num_experts=int(described["num_experts"]),
-                top_k=int(described["top_k"]),
+                source=Identity.from_json(described["source"]),
+                criterion=as_text(described["criterion"]),
+                num_experts=as_count(described["num_experts"], least=1),
+                top_k=as_count(described["top_k"], least=1),
                 kept=kept,
-                unmeasured={int(layer): like for layer, like in described["unmeasured"].items()},
-                drop_mtp=_flag(described["drop_mtp"]),
-                calibration=tuple(described["calibration"]),
-                seed=described["seed"],
+                unmeasured={layer: as_count(like) for layer, like in read_layers(described["unmeasured"])},
+                drop_mtp=as_flag(described["drop_mtp"]),
+                calibration=tuple(map(as_text, as_list(described["calibration"]))),
+                seed=seed if seed is None else as_count(seed, least=-MAX_NUMBER),
             )
-            stated = described["num_kept"]
+            stated = as_count(described["num_kept"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{origin} is not a whole plan: {type(error).__name__} {error}") from None
         if plan.num_kept != stated:
             raise PlanError(f"{origin} says it keeps {stated} experts a layer and lists {plan.num_kept}")
         return plan
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value
 
 
 def num_kept(

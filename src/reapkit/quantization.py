@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from reapkit.checkpoint import CONFIG_NAME, Checkpoint, is_inside, quantization_of, text_section
-from reapkit.errors import CheckpointError, UnsupportedError
-from reapkit.tensors import DTYPE_BITS, TensorInfo, parse_json
+from reapkit.checkpoint import CONFIG_NAME, Checkpoint, quantization_of, read_small, text_section
+from reapkit.errors import CheckpointError, UnsupportedError, reason_of
+from reapkit.tensors import DTYPE_BITS, TensorInfo, brief, parse_json
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 PLAIN_DTYPES = frozenset({"F16", "BF16", "F32"})
@@ -44,6 +44,10 @@ _MODELOPT_ALGORITHMS = {
     "FP8": "FP8", "FP8_PER_CHANNEL_PER_TOKEN": "FP8", "NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4", "MXFP8": "MXFP8",
     "MIXED_PRECISION": "mixed precision",
 }  # fmt: skip
+
+# Repeats of a pattern: how often makes one open, and how many a pattern may have. Published ones have up to five.
+_OPEN_REPEAT = 8
+_MOST_REPEATS = 8
 
 Scheme = Literal["scaled", "fp4", "int", "awq", "gptq"]
 
@@ -634,11 +638,35 @@ def _tables(table: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[s
 def _compiled(rules: list[Rule]) -> tuple[Rule, ...]:
     """The rules, their patterns tried."""
     for target in (target for rule in rules for target in rule.targets if target.startswith("re:")):
-        try:
-            re.compile(target[3:])
-        except re.error as error:
-            raise CheckpointError(f"{CONFIG_NAME} has the pattern {target[3:]!r}, which is none: {error}") from None
+        compiled(target[3:], where=CONFIG_NAME)
     return tuple(rules)
+
+
+def compiled(pattern: str, *, where: str) -> re.Pattern[str]:
+    """A quantiser's pattern, refused where trying it on a name could take forever.
+
+    Raises:
+        CheckpointError: no regular expression, or one whose repeats stand in each other or are many.
+    """
+    try:
+        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]
+        if _repeats(tree) > _MOST_REPEATS:
+            raise CheckpointError(f"{where} has the pattern {brief(pattern)}, which could take forever to try")
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where} has the pattern {brief(pattern)}, which is none: {reason_of(error)}") from None
+
+
+def _repeats(node: Any) -> int:
+    """How many open repeats a parsed pattern has; more than are allowed where one stands in another."""
+    if isinstance(node, list | re._parser.SubPattern):  # type: ignore[attr-defined]
+        return sum(map(_repeats, node))
+    if not isinstance(node, tuple):
+        return 0
+    inner = sum(map(_repeats, node))
+    if len(node) == 2 and str(node[0]).endswith("_REPEAT") and int(node[1][1]) >= _OPEN_REPEAT:
+        return 1 + (_MOST_REPEATS + 1) * inner
+    return inner
 
 
 def _algorithm(table: Mapping[str, Any]) -> str | None:
@@ -650,12 +678,10 @@ def _algorithm(table: Mapping[str, Any]) -> str | None:
 
 def _read_modelopt(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """`hf_quant_config.json`, with the method that its being there says; None without it."""
-    path = checkpoint.path / QUANT_CONFIG_NAME
-    if not path.is_file():
+    if not (checkpoint.path / QUANT_CONFIG_NAME).exists():
         return None
-    if not is_inside(path, checkpoint.path):
-        raise CheckpointError(f"{QUANT_CONFIG_NAME} is not a plain file of {checkpoint.path}")
-    return {"quant_method": "modelopt", **parse_json(path.read_bytes(), origin=QUANT_CONFIG_NAME)}
+    described = parse_json(read_small(checkpoint.path, QUANT_CONFIG_NAME), origin=QUANT_CONFIG_NAME)
+    return {"quant_method": "modelopt", **described}
 
 
 def _read_modelopt_algorithm(table: Mapping[str, Any]) -> Format:

@@ -23,16 +23,27 @@ from threading import Event, Lock
 from typing import Any
 
 from reapkit import edits
-from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint
+from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small
 from reapkit.edits import Copy, OutputTensor, Take
-from reapkit.errors import CheckpointError, OutputError, UnsupportedError
+from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.layout import Identity, MoELayout
 from reapkit.outputs import PARTIAL, alone, appearing, explained, sync_folder, write_all, write_file
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
-from reapkit.tensors import encode_header, parse_json
+from reapkit.tensors import (
+    MAX_NUMBER,
+    as_count,
+    as_flag,
+    as_list,
+    as_table,
+    as_text,
+    brief,
+    encode_header,
+    parse_json,
+    read_layers,
+)
 
 FORMAT = "reapkit-manifest-1"
 OWN_FOLDER = "reapkit"
@@ -59,6 +70,14 @@ class Size:
     num_experts: int
     parameters: int | None
     bytes: int
+
+    @classmethod
+    def from_json(cls, value: Any) -> Size:
+        """Read from a file; KeyError, TypeError or ValueError if it is not what `asdict` gives."""
+        entries = as_table(value)
+        known = {name: as_count(entry) for name, entry in entries.items() if name != "parameters"}
+        parameters = entries["parameters"]
+        return cls(parameters=None if parameters is None else as_count(parameters), **known)
 
 
 @dataclass(frozen=True)
@@ -119,26 +138,43 @@ class Manifest:
                 f"{out} has no {MANIFEST_NAME}, so it is not an output of reapkit",
                 hint="give the folder that reapkit prune wrote",
             )
-        described = parse_json(path.read_bytes(), origin=MANIFEST_NAME)
+        described = parse_json(read_small(out, MANIFEST_NAME), origin=MANIFEST_NAME)
         if described.pop("format", None) != FORMAT:
             raise CheckpointError(f"{MANIFEST_NAME} in {out} is not in the format {FORMAT}")
         try:
-            kept = {int(layer): tuple(experts) for layer, experts in described.pop("kept").items()}
-            unmeasured = {int(layer): like for layer, like in described.pop("unmeasured").items()}
-            return cls(
-                source=Identity(**described.pop("source")),
-                before=Size(**described.pop("before")),
-                after=Size(**described.pop("after")),
-                calibration=tuple(described.pop("calibration")),
-                routers=tuple(described.pop("routers")),
-                kept=kept,
-                unmeasured=unmeasured,
-                **described,
+            digests, seed, base_model = (described.pop(name) for name in ("digests", "seed", "base_model"))
+            result = cls(
+                source=Identity.from_json(described.pop("source")),
+                base_model=None if base_model is None else as_text(base_model),
+                criterion=as_text(described.pop("criterion")),
+                seed=None if seed is None else as_count(seed, least=-MAX_NUMBER),
+                calibration=tuple(map(as_text, as_list(described.pop("calibration")))),
+                before=Size.from_json(described.pop("before")),
+                after=Size.from_json(described.pop("after")),
+                kept={
+                    layer: tuple(map(as_count, as_list(experts)))
+                    for layer, experts in read_layers(described.pop("kept"))
+                },
+                unmeasured={layer: as_count(like) for layer, like in read_layers(described.pop("unmeasured"))},
+                drop_mtp=as_flag(described.pop("drop_mtp")),
+                observed_layout=as_text(described.pop("observed_layout")),
+                dequantized=as_flag(described.pop("dequantized")),
+                routers=tuple(map(as_text, as_list(described.pop("routers")))),
+                plan=as_text(described.pop("plan")),
+                versions=_texts(described.pop("versions")),
+                digests=None if digests is None else _texts(digests),
             )
+            if described:
+                raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
+            return result
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{MANIFEST_NAME} in {out} is damaged: {type(error).__name__} {error}", hint="prune again"
             ) from None
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {name: as_text(text) for name, text in as_table(value).items()}
 
 
 def write(
@@ -164,6 +200,8 @@ def write(
         PlanError: the plan is for another model.
         OutputError: the folder is in use, inside the source, or cannot be written.
     """
+    if base_model is not None and redacted(base_model) != base_model:
+        raise UsageError("--base-model holds a token or a password", hint="give a hub id like ORG/NAME")
     source = Identity.of(checkpoint, layout)
     plan = plan.for_layout(layout, mtp)
     plan.require_fits(layout, source)

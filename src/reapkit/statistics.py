@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as encode
 
 from reapkit import outputs
-from reapkit.errors import DataError, PlanError, ReapkitError
+from reapkit.errors import CheckpointError, DataError, PlanError, ReapkitError
 from reapkit.layout import Identity
-from reapkit.tensors import read_header
+from reapkit.tensors import MAX_NUMBER, as_count, as_list, as_table, as_text, brief, parse_json, read_header
 
 Array = NDArray[np.float64]
 
@@ -91,6 +91,18 @@ class CalibrationRecord:
     tokens: int
     seed: int = 0
     sources: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Any) -> CalibrationRecord:
+        """Read from a file; KeyError or ValueError if it is none."""
+        entries = as_table(value)
+        sources = tuple(map(as_table, as_list(entries["sources"])))
+        return cls(
+            as_text(entries["digest"]),
+            as_count(entries["tokens"]),
+            as_count(entries["seed"], least=-MAX_NUMBER),
+            sources,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,22 +175,30 @@ class Statistics:
         if FORMAT not in metadata:
             raise DataError(f"{path} is not a statistics file of reapkit", hint="make one with reapkit observe")
         try:
-            described = json.loads(metadata[FORMAT])
+            described = parse_json(metadata[FORMAT], origin="its description")
             arrays = load_file(path)
             layers: dict[int, LayerStatistics] = {}
             for index in sorted({int(name.split(".")[1]) for name in header}):
                 names = {part.name: f"layers.{index}.{part.name}" for part in fields(LayerStatistics)}
                 layers[index] = LayerStatistics(**{part: arrays[name] for part, name in names.items()})
-            records = tuple(
-                CalibrationRecord(record["digest"], record["tokens"], record["seed"], tuple(record["sources"]))
-                for record in described.pop("calibration")
+            result = cls(
+                source=Identity.from_json(described.pop("source")),
+                calibration=tuple(map(CalibrationRecord.from_json, as_list(described.pop("calibration")))),
+                domains=tuple(map(as_text, as_list(described.pop("domains")))),
+                unobserved=tuple(map(as_count, as_list(described.pop("unobserved")))),
+                settings=as_table(described.pop("settings")),
+                layers=layers,
+                **{name: as_count(described.pop(name), least=1) for name in ("num_experts", "top_k", "num_groups")},
+                **{name: as_count(described.pop(name)) for name in ("batches", "finished_batches")},
             )
-            for name in ("domains", "unobserved"):
-                described[name] = tuple(described[name])
-            described["source"] = Identity(**described["source"])
-            result = cls(**described, calibration=records, layers=layers)
+            if described:
+                raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
             if not layers:
                 raise ValueError("no layers")
+            if len(set(result.domains)) < len(result.domains):
+                raise ValueError("a domain is listed twice")
+            if result.num_experts % result.num_groups:
+                raise ValueError(f"{result.num_experts} experts do not divide into {result.num_groups} groups")
             rows, experts = len(result.domains) * NUM_FOLDS, result.num_experts
             shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SUM_NAMES, (rows, experts))
             shapes |= {"tokens_S": (rows,), "max_norm_E": (experts,)}
@@ -188,7 +208,9 @@ class Statistics:
                     if values.shape != shape or values.dtype != np.float64:
                         raise ValueError(f"{name} of layer {index} is {values.dtype} {list(values.shape)}, "
                                          f"not float64 {list(shape)}")  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+                if not np.isfinite(layer.tokens_S).all():
+                    raise ValueError(f"tokens_S of layer {index} is not finite")
+        except (KeyError, TypeError, ValueError, IndexError, OSError, SafetensorError, CheckpointError) as error:
             raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
         for index, layer in layers.items():
             layer.require_finite(index)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ DTYPE_BITS: Mapping[str, int] = {
 
 # The reference implementation refuses larger headers; MiniMax-M2's largest is under 1 MB. Erring low would refuse real files.
 MAX_HEADER_BYTES = 100_000_000
+# The same for any other JSON file. The largest index of a public release, of 138,721 tensors, has 14 MB; parsing takes up to 25 times as
+# much memory as a file has bytes.
+MAX_JSON_BYTES = 100_000_000
+# Counts, sizes and offsets beyond this are no file's: the format's own numbers end at 2**64, and file systems' at 2**63.
+MAX_NUMBER = 2**63 - 1
+# The reference implementation has no limit and no framework goes beyond 64.
+MAX_DIMENSIONS = 64
+
+# Public names have at most some 150 signs. A bound keeps every pattern that is tried on them fast.
+LONGEST_NAME = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +86,87 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_json(text: bytes | str, *, origin: str) -> dict[str, Any]:
-    """A JSON object from an untrusted file; duplicate keys and absurd nesting are errors.
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def parse_json(text: bytes | str, *, origin: str, infinite: bool = False) -> dict[str, Any]:
+    """A JSON object from an untrusted file; duplicate keys, half surrogate pairs, absurd size and nesting are errors.
+
+    With `infinite`, the words NaN and Infinity are numbers, which they are not in JSON: configs of some families hold them.
 
     Raises:
         CheckpointError: not a JSON object, with `origin` named.
     """
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{origin} has {len(text):,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
-        value = json.loads(text, object_pairs_hook=_reject_duplicates)
+        # Python's own reading of bytes lets half surrogate pairs and UTF-16 through.
+        written = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        constant = float if infinite else _reject_constant
+        value = json.loads(written, object_pairs_hook=_reject_duplicates, parse_constant=constant)
+        if "\\ud" in written or "\\uD" in written:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{origin} is not valid JSON: it holds half a surrogate pair", hint="fetch the file again"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise CheckpointError(f"{origin} is not valid JSON: {reason}", hint="fetch the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{origin} holds a JSON {type(value).__name__} where an object is expected")
     return value
+
+
+def as_text(value: Any) -> str:
+    """A string, which a JSON value should be; ValueError else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{brief(value)} is not a string")
+    return value
+
+
+def as_count(value: Any, *, least: int = 0) -> int:
+    """A whole number that counts something, which a JSON value should be; ValueError else."""
+    if type(value) is not int or not least <= value <= MAX_NUMBER:
+        raise ValueError(f"{brief(value)} is not a whole number from {least}")
+    return value
+
+
+def as_flag(value: Any) -> bool:
+    """True or false, which a JSON value should be; ValueError else."""
+    if type(value) is not bool:
+        raise ValueError(f"{brief(value)} is neither true nor false")
+    return value
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, which a JSON value should be; ValueError else."""
+    if not isinstance(value, list):
+        raise ValueError(f"{brief(value)} is not a list")
+    return value
+
+
+def as_table(value: Any) -> dict[str, Any]:
+    """An object, which a JSON value should be; ValueError else."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{brief(value)} is not a table")
+    return value
+
+
+def read_layers(value: Any) -> Iterator[tuple[int, Any]]:
+    """Number and entry of every layer of a JSON object with a key for each; ValueError where it is none or has one twice."""
+    entries = as_table(value)
+    numbers = list(map(int, entries))
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("a layer is listed twice")
+    yield from zip(numbers, entries.values(), strict=True)
+
+
+def brief(value: Any) -> str:
+    """A value from a stranger's file for a message, however long it is."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of more than 30 digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -150,16 +227,21 @@ def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, Tenso
 
 
 def _parse_entry(name: str, entry: Any, *, file: str, data_start: int) -> TensorInfo:
-    where = f"{file} describes {name!r}"
+    where = f"{file} describes {brief(name)}"
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(f"{where}: its name has {len(name):,} signs, and at most {LONGEST_NAME:,} are read")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise UnsupportedError(f"{where} with the unknown dtype {dtype!r}", hint=did_you_mean(str(dtype), DTYPE_BITS))
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise CheckpointError(f"{where} with the shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
-        raise CheckpointError(f"{where} with the offsets {offsets!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        known = did_you_mean(str(dtype), DTYPE_BITS)
+        raise UnsupportedError(f"{where} with the unknown dtype {brief(dtype)}", hint=known)
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise CheckpointError(f"{where} with the shape {brief(shape)}")
+    if not _is_size(math.prod(shape)):
+        raise CheckpointError(f"{where} with the shape {brief(shape)}, which no file can hold")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, map(_abs, offsets))):
+        raise CheckpointError(f"{where} with the offsets {brief(offsets)}")
     start, stop = offsets
     if not 0 <= start <= stop or stop - start != nbytes(dtype, shape):
         raise CheckpointError(
@@ -167,6 +249,14 @@ def _parse_entry(name: str, entry: Any, *, file: str, data_start: int) -> Tensor
             f"in the bytes {start:,} to {stop:,}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + start, data_start + stop)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def _abs(value: Any) -> Any:
+    return abs(value) if type(value) is int else value
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> bytes:
