@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
 import json
 import random
 import shutil
@@ -606,8 +607,8 @@ TARGETS: Mapping[str, Callable[[Path], Target]] = {
 }
 
 
-def corpus(name: str) -> list[tuple[str, bytes]]:
-    """The cases of a target that once failed, by what they were."""
-    path = CORPUS / f"{name}.json"
-    entries = json.loads(path.read_bytes()) if path.exists() else {}
-    return [(what, base64.b64decode(text) if isinstance(text, str) else bytes(text)) for what, text in entries.items()]
+def corpus(name: str) -> dict[str, bytes]:
+    """The cases of a target that once got past reapkit's own errors, by what they were."""
+    stored = json.loads((CORPUS / f"{name}.json").read_bytes())
+    # Compressed, since nesting that overflows a stack has as many brackets.
+    return {what: gzip.decompress(base64.b64decode(text)) for what, text in stored.items()}

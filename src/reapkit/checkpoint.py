@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -157,7 +157,11 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
     Without `weights` no shard is downloaded; those that the cache has are there all the same.
     """
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{brief(str(source))} cannot be looked up: {error.strerror}") from None
+    if is_folder:
         # A snapshot in the hub's cache is named by its commit.
         if revision is not None:
             raise UsageError(
@@ -165,7 +169,7 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
             )
         cached = path.resolve().parent.name == "snapshots"
         return path, str(source), path.resolve().name if cached else None
-    if path.exists():
+    if is_there:
         raise CheckpointError(f"{source} is a file; a checkpoint is a folder with {CONFIG_NAME} and safetensors shards")
     text = str(source)
     # What stands beside existing folders is a mistyped path, not a hub id.
@@ -288,14 +292,40 @@ def _sidecars(path: Path) -> tuple[str, ...]:
 
 
 def _walk_sidecars(root: Path) -> Iterator[str]:
-    # Links to folders are not followed: they may lead round in circles.
-    for folder, folders, files in os.walk(root):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and name not in {*_FOREIGN_FOLDERS, "__pycache__"}
-        ]
-        for entry in (Path(folder, name) for name in files if not name.startswith(".")):
-            if is_inside(entry, root) and entry.is_file() and not _is_own_or_weight(entry, root):
-                yield entry.relative_to(root).as_posix()
+    skipped = {*_FOREIGN_FOLDERS, "__pycache__"}
+    for entry in walk(root, enter=lambda name: not name.startswith(".") and name not in skipped):
+        if not entry.name.startswith(".") and is_plain_file(entry, root) and not _is_own_or_weight(entry, root):
+            yield entry.relative_to(root).as_posix()
+
+
+def walk(root: Path, *, enter: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+    """Everything in a folder and the folders in it, but for those whose name `enter` declines.
+
+    Links to folders are given and not followed, since they may lead out or round in circles.
+
+    Raises:
+        CheckpointError: a folder cannot be listed, as one nested too deeply cannot.
+    """
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise CheckpointError(f"{brief(str(folder))} cannot be listed: {error.strerror}") from None
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                folders += [Path(entry)] if enter(entry.name) else []
+            yield Path(entry)
+
+
+def is_plain_file(file: Path, folder: Path) -> bool:
+    """Whether there is such a file, and it belongs to the folder as `is_inside` says."""
+    try:
+        return file.is_file() and is_inside(file, folder)
+    except OSError:  # a name that no file can have
+        return False
 
 
 def require_plain_files(path: Path) -> None:
@@ -304,17 +334,14 @@ def require_plain_files(path: Path) -> None:
     Raises:
         CheckpointError: it names the entry.
     """
-    for folder, folders, files in os.walk(path):
-        for entry in (Path(folder, name) for name in (*files, *folders)):
-            if not is_inside(entry, path):
-                raise CheckpointError(
-                    f"{entry.relative_to(path).as_posix()!r} in {path} leads out of the checkpoint",
-                    hint="put the file itself there, or remove it",
-                )
-            if entry.exists() and not entry.is_file() and not entry.is_dir():
-                raise CheckpointError(
-                    f"{entry.relative_to(path).as_posix()!r} in {path} is neither a file nor a folder"
-                )
+    for entry in walk(path):
+        if not is_inside(entry, path):
+            raise CheckpointError(
+                f"{entry.relative_to(path).as_posix()!r} in {path} leads out of the checkpoint",
+                hint="put the file itself there, or remove it",
+            )
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(f"{entry.relative_to(path).as_posix()!r} in {path} is neither a file nor a folder")
 
 
 def _is_own_or_weight(entry: Path, root: Path) -> bool:

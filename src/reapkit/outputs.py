@@ -77,7 +77,9 @@ def appearing(path: Path) -> Iterator[FileIO]:
     """A new file to write to, which gets its name when it is whole and on the disk; on an error nothing is left of it."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb", buffering=0) as stream:
+        # What another run left there is not written through: a link may lead anywhere.
+        partial.unlink(missing_ok=True)
+        with partial.open("xb", buffering=0) as stream:
             yield stream
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -137,7 +139,7 @@ def alone(target: Path, lock: Path) -> Iterator[None]:
 
 def _acquired(target: Path, lock: Path) -> FileIO:
     while True:
-        stream = lock.open("a+b", buffering=0)
+        stream = FileIO(lock, "a+b", opener=_open_no_link)
         try:
             if not _lock(stream, lock):
                 stream.seek(0)
@@ -151,6 +153,11 @@ def _acquired(target: Path, lock: Path) -> FileIO:
             stream.close()
             raise
         stream.close()
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # Emptying what a link leads to would destroy another file; a system without such a flag has hardly any links.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(stream: FileIO, lock: Path) -> bool:

@@ -23,7 +23,7 @@ from threading import Event, Lock
 from typing import Any
 
 from reapkit import edits
-from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small
+from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
 from reapkit.edits import Copy, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
@@ -346,6 +346,10 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
             )
         if out.exists() and not out.is_dir():
             raise OutputError(f"the output {out} is a file", hint="give a new folder")
+        if (out / OWN_FOLDER).is_symlink():
+            raise OutputError(
+                f"the output folder {out} holds the link {OWN_FOLDER}", hint="remove it, or give a new folder"
+            )
         if not out.exists() or (out / UNFINISHED_NAME).exists():
             return
         found = sorted(
@@ -388,8 +392,10 @@ def _refuse_other_command(out: Path, text: bytes, command: Mapping[str, Any]) ->
 
 
 def _refuse_foreign_files(out: Path, expected: set[str]) -> None:
-    for path in sorted(out.rglob("*")):
+    for path in sorted(walk(out)):
         name = path.relative_to(out).as_posix()
+        if path.is_symlink():
+            raise OutputError(f"the output folder {out} holds the link {name}", hint="remove it, or give a new folder")
         if path.is_file() and not name.startswith(OWN_FOLDER + "/") and name.removesuffix(PARTIAL) not in expected:
             raise OutputError(
                 f"the unfinished output {out} holds {name}, which this command does not write",

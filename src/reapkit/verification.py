@@ -24,12 +24,13 @@ from reapkit.checkpoint import (
     INDEX_NAME,
     MANIFEST_NAME,
     Checkpoint,
-    is_inside,
+    is_plain_file,
     read_config,
     read_index,
     read_small,
     refuse_unfinished,
     shard_path,
+    walk,
 )
 from reapkit.errors import CheckpointError, ReapkitError
 from reapkit.layout import Identity, MoELayout, StackedTensor, resolve
@@ -244,7 +245,7 @@ class _Output:
             for name in header:
                 if self.weight_map.get(name) != file:
                     self.problems.append(f"{file} holds {name!r}, which {INDEX_NAME} does not place there")
-        for path in sorted(self.path.rglob("*.safetensors")):
+        for path in sorted(path for path in walk(self.path) if path.name.endswith(".safetensors")):
             file = path.relative_to(self.path).as_posix()
             if file not in self.weight_map.values() and not file.startswith("reapkit/"):
                 self.problems.append(f"{file} is a safetensors file that {INDEX_NAME} does not name")
@@ -306,7 +307,7 @@ class _Output:
         """Tokenizer, template, licence and remote code are the source's, byte for byte; what pruning changes is as it should be."""
         for name in names:
             path = self.path / name
-            if not path.is_file():
+            if not is_plain_file(path, self.path):
                 self.problems.append(f"{name} is missing")
             elif name in edited:
                 if path.read_bytes() != edited[name]:
@@ -318,9 +319,7 @@ class _Output:
         self, expected: Mapping[str, _Expected], names: set[str], *, checkpoint: Checkpoint | None, progress: Progress
     ) -> None:
         """Hash every file, and compare its tensors with the source on the way."""
-        present = [
-            name for name in sorted(names) if (self.path / name).is_file() and is_inside(self.path / name, self.path)
-        ]
+        present = [name for name in sorted(names) if is_plain_file(self.path / name, self.path)]
         total = sum((self.path / name).stat().st_size for name in present)
         for name in present:
             digest = hashlib.sha256()
