@@ -21,6 +21,9 @@ from reapkit.errors import ReapkitError
 SLOW = {"tokenizer", "tokenizer-config", "chat-template"}
 FAST = sorted(fuzzing.TARGETS.keys() - SLOW)
 
+# Odd, and nothing that has to be refused: a model's own arguments may be broken and stay text, and a tensor may be called anything.
+TAKEN = {"arguments nested beyond any stack", "a tensor whose name is a pattern that matches itself"}
+
 Make = Callable[[str], fuzzing.Target]
 
 
@@ -56,8 +59,8 @@ def test_whole_files_are_read_to_the_end(target: Make, name: str) -> None:
 )  # fmt: skip
 def test_a_case_that_once_got_through_is_refused(target: Make, name: str, what: str) -> None:
     content = fuzzing.corpus(name)[what]
-    if what == "arguments nested beyond any stack":
-        target(name).run(content)  # a model's own arguments may be broken: they stay text
+    if what in TAKEN:
+        target(name).run(content)
         return
     with pytest.raises(ReapkitError) as caught:
         target(name).run(content)

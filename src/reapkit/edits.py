@@ -299,10 +299,7 @@ class _ExpertNames:
     def _follow_name(self, name: str) -> Iterator[str]:
         marker, regex = _pattern(name)
         if regex is None:
-            if (place := self._place(name)) is None or place[0] not in self._rank:
-                yield name
-            elif (rank := self._rank[place[0]].get(place[1])) is not None:
-                yield f"{name[: place[2]]}{rank}{name[place[3] :]}"
+            yield from self._renamed(name)
             return
         matched = [module for module in self._modules if regex.match(module)]
         experts = Counter((owner[0], owner[2]) for module in matched if (owner := self._modules[module]))
@@ -310,8 +307,15 @@ class _ExpertNames:
             yield name
             return
         for module in sorted(matched, key=lambda module: (self._modules[module] or (-1, -1, ""), module)):
-            for renamed in self._follow_name(module):
+            for renamed in self._renamed(module):
                 yield f"{marker}^{re.escape(renamed)}$" if marker in ("+:", "-:") else renamed
+
+    def _renamed(self, name: str) -> Iterator[str]:
+        """A literal name with the number that its expert has in the output, nothing where it has none."""
+        if (place := self._place(name)) is None or place[0] not in self._rank:
+            yield name
+        elif (rank := self._rank[place[0]].get(place[1])) is not None:
+            yield f"{name[: place[2]]}{rank}{name[place[3] :]}"
 
     def _place(self, name: str) -> tuple[int, int, int, int] | None:
         """Layer, expert and where the expert's number stands, of a module's name that says one; whatever stands before the layers."""
