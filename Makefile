@@ -5,7 +5,7 @@
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
-# make torture      kill compress 200 times at random moments (make test: 20 times)
+# make torture      kill compress 200 times at random moments (make test: 20 times); 100,000 strangers' files through every reader
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -49,6 +49,8 @@ docs: $(INSTALLED)
 
 torture: $(INSTALLED)
 	REAPKIT_KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py
+	nice $(BIN)/python benchmarks/fuzz.py header index config plan statistics manifest rows rows-parquet -o benchmarks/fuzz.json
+	nice $(BIN)/python benchmarks/fuzz.py tokenizer tokenizer-config chat-template --cases 20000 -o benchmarks/fuzz.json
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py

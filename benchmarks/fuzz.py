@@ -3,6 +3,7 @@
     python benchmarks/fuzz.py                       100,000 cases a target, as JSON on standard output
     python benchmarks/fuzz.py header plan           these targets alone
     python benchmarks/fuzz.py --engine atheris      guided by coverage (pip install atheris; Python 3.11 to 3.13)
+    python benchmarks/fuzz.py --table FILE          the table of docs/reliability.md from the JSON of a run
 
 The targets and the changes are those of tests/fuzzing.py. The engine `mutation` numbers its cases: the same numbers give the same cases.
 The engine `atheris` lets libFuzzer choose which case to change next, by what new code it reached. Each target runs in a process of its
@@ -197,8 +198,8 @@ def run(name: str, count: int, engine: str) -> dict[str, Any]:
             ended = subprocess.run(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
             )
-            if not path.exists():
-                sys.exit(f"{name} did not begin: {ended.stderr[-2000:]}")
+            if ended.returncode > 0 or not path.exists():  # a signal's number would be negative
+                sys.exit(f"the benchmark itself failed on {name}: {ended.stderr[-2000:]}")
             part = json.loads(path.read_text())
             path.unlink()
             if ended.returncode:
@@ -220,6 +221,21 @@ def run(name: str, count: int, engine: str) -> dict[str, Any]:
     return total | {"seconds": round(time.perf_counter() - begun, 1), "engine": engine}
 
 
+def table(results: dict[str, Any]) -> str:
+    """A run as the rows of docs/reliability.md."""
+    lines = [
+        "| file | engine | cases | read | refused | anything else | slowest | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        refused = sum(result["refused"].values())
+        lines.append(
+            f"| {name} | {result['engine']} | {result['cases']:,} | {result['accepted']:,} | {refused:,} | {result['crashes']} | "
+            f"{result['slowest_seconds']:.2f} s | {result['peak_bytes'] / 1e6:.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     import fuzzing
 
@@ -231,7 +247,13 @@ def main() -> None:
     parser.add_argument(
         "-o", "--output", type=Path, help="file to write besides; targets that it holds already are kept"
     )
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print a table of what an earlier run wrote, and run nothing"
+    )
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text())))
+        return
     if arguments.work:
         name, path, start, stop = arguments.work
         work(name, Path(path), int(start), int(stop), arguments.engine)

@@ -268,7 +268,9 @@ def change_statistics(content: bytes, chance: random.Random) -> bytes:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):  # changed before
         return change_shard(content, chance)
     if isinstance(text, str) and chance.random() < 0.6:
-        header["__metadata__"] = {name: change_json(text.encode(), chance).decode("utf-8", "replace")}
+        header["__metadata__"] = {
+            name: change_json(text.encode("utf-8", "surrogatepass"), chance).decode("utf-8", "replace")
+        }
         packed = json.dumps(header).encode()
         return struct.pack("<Q", len(packed)) + packed + body
     return change_shard(content, chance)

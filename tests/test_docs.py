@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -12,13 +14,14 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import fuzzing
 import test_families
 from architectures_page import PAGE, Results, render
 from families import FAMILIES
 from reapkit.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:console|sh|bash)?\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
 
 
@@ -117,8 +120,9 @@ def test_the_diffs_in_the_guide_to_adding_an_architecture_are_what_the_code_says
         assert line in (ROOT / "src/reapkit/architectures.py").read_text(encoding="utf-8")
 
 
-def test_the_tests_that_hold_what_can_be_relied_on_are_there() -> None:
-    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/reliability.md", "SECURITY.md"])
+def test_the_tests_that_hold_what_can_be_relied_on_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     files = set(re.findall(r"`(test_\w+\.py)", text))
     assert len(files) > 5
     sources = {file: (ROOT / "tests" / file).read_text(encoding="utf-8") for file in files}
@@ -127,3 +131,16 @@ def test_the_tests_that_hold_what_can_be_relied_on_are_there() -> None:
         for named, name in re.findall(r"(test_\w+\.py)|\b(test_\w+)", cell):
             file = named or file
             assert not name or f"def {name}" in sources[file], (file, name)
+
+
+def test_the_table_of_fuzzed_files_is_that_of_the_recorded_run() -> None:
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "benchmarks/fuzz.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    results = json.loads((ROOT / "benchmarks/fuzz.json").read_text(encoding="utf-8"))
+    assert results.keys() == fuzzing.TARGETS.keys()
+    assert benchmark.table(results) in (ROOT / "docs/reliability.md").read_text(encoding="utf-8"), (
+        "python benchmarks/fuzz.py --table benchmarks/fuzz.json"
+    )
+    assert sum(result["crashes"] for result in results.values()) == 0

@@ -374,7 +374,7 @@ def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code
 
 def _total_size(path: Path) -> int | None:
     """The bytes of all tensors that the index gives; None where it gives none."""
-    metadata = parse_json(read_small(path, INDEX_NAME), origin=INDEX_NAME).get("metadata")
+    metadata = parse_json(read_small(path, INDEX_NAME), origin=INDEX_NAME, infinite=True).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     # Some vendors' tools write a float.
     return int(total) if isinstance(total, int | float) and 1 <= total < math.inf else None

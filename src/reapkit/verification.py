@@ -256,7 +256,7 @@ class _Output:
         if not (self.path / INDEX_NAME).is_file():
             self.problems.append(f"{INDEX_NAME} is missing")
             return
-        stated = parse_json(read_small(self.path, INDEX_NAME), origin=INDEX_NAME).get("metadata")
+        stated = parse_json(read_small(self.path, INDEX_NAME), origin=INDEX_NAME, infinite=True).get("metadata")
         size = stated.get("total_size") if isinstance(stated, dict) else None
         total = sum(info.nbytes for header in self.headers.values() for info in header.values())
         if size != total:
