@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from reapkit.compression import observed_before, prune
-from reapkit.errors import DataError, PlanError
+from reapkit.errors import CheckpointError, DataError, PlanError
 from reapkit.observation import Observation, Run
 from reapkit.plans import plan
 from reapkit.statistics import Statistics, combine
@@ -159,3 +159,15 @@ def test_the_same_text_twice_does_not_count_twice(base: tuple[Path, Path, Path])
     statistics = Statistics.load(base[2])
     with pytest.raises(PlanError, match="is in more than one of the files and would count twice"):
         combine([statistics, statistics])
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_before_observing(
+    base: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(base[0], tmp_path / "model"))
+    path = folder / "tokenizer.json"
+    tokenizer = tiny.read_json(path)
+    tokenizer["model"]["vocab"]["x"] = 128
+    tiny.write_json(path, tokenizer)
+    with pytest.raises(CheckpointError, match="gives the token 128, and the model has 128 embeddings"):
+        observation(folder, base[1])

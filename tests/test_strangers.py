@@ -502,6 +502,10 @@ def test_links_laid_into_an_unfinished_output_are_not_written_through(folder: Pa
         assert victim.read_text() == "kept", name
         shutil.rmtree(out)
         out.mkdir()
+    (out / "reapkit").mkdir()
+    (out / "reapkit/lock").symlink_to(victim)
+    refused(lambda: pruned(folder, out), "stopped: Too many levels of symbolic links", OutputError)
+    assert victim.read_text() == "kept"
 
 
 @pytest.mark.parametrize("name", ["../victim", "/etc/passwd", "a\0b", "x" * 300, "..", "", "\x1b[2J"])
