@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -305,6 +306,73 @@ def test_an_output_that_overflows_is_reported_with_layer_expert_and_micro_batch(
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
     assert "--dtype float32" in str(caught.value.hint)
     assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Forward"]
+
+
+PLACES = {
+    "a router": "model.layers.1.block_sparse_moe.gate.weight",
+    "a selection bias": "model.layers.2.block_sparse_moe.e_score_correction_bias",
+    "attention": "model.layers.0.self_attn.q_proj.weight",
+    "an expert": "model.layers.2.block_sparse_moe.experts.5.w3.weight",
+    "the embeddings": "model.embed_tokens.weight",
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_weight_that_is_not_finite_is_named(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, stored: str, name: str, value: float
+) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(module.DTYPES[stored])
+        tensors[name].view(-1)[7] = value
+
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", plant)
+    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in model-1.safetensors holds NaN or infinity: 1 of "):
+        observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("where", ["value", "scale"])
+def test_an_fp8_weight_or_scale_that_is_nan_is_named_with_its_weight(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, where: str
+) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        if where == "value":
+            tensors[name].view(torch.uint8).view(-1)[300] = 0x7F  # NaN in E4M3
+        else:
+            tensors[name + "_scale_inv"].view(-1)[0] = math.nan
+
+    folder = with_tensors(checkpoints["m2-fp8"], tmp_path / "m2", plant)
+    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in .* holds NaN or infinity") as caught:
+        observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
+    assert ("1 of" in caught.value.message) == (where == "value")
+
+
+def test_an_activation_that_overflows_in_a_later_micro_batch_is_named_with_it(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One word, in the last document alone, has a value in a dimension where all others have 0 and a norm is too large."""
+    monkeypatch.setitem(module.TOKENS_PER_BATCH, "cpu", 16)
+    rows = [{"text": "a" * 12}] * 4 + [{"text": "a" * 12 + "z"}]
+    text = write_jsonl(tmp_path / "rare.jsonl", rows)
+    data = load([text], load_tokenizer(Checkpoint.open(checkpoints["m2"])), max_length=MAX_LENGTH)
+    rare = int(data.documents[-1].input_ids[-2])
+    assert all(rare not in document.input_ids for document in data.documents[:-1])
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][:, 0] = 0
+        tensors["model.embed_tokens.weight"][rare, 0] = 5
+        tensors["model.layers.0.self_attn.o_proj.weight"][0] = 0
+        tensors["model.layers.0.post_attention_layernorm.weight"][0] = 3e38
+
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", enlarge)
+    observation = Observation(folder, [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    holding = [number for number, batch in enumerate(observation.batches) if (batch.input_ids_BT == rare).any()]
+    assert len(holding) == 1 and len(observation.batches) > 2
+    with pytest.raises(DataError, match=rf"layer 0, expert \d+, micro-batch {holding[0]}: its output or gate weight"):
+        observation.run()
 
 
 def test_ctrl_c_while_observing_leaves_no_thread(checkpoints: dict[str, Path], text: str) -> None:

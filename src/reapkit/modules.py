@@ -217,12 +217,19 @@ class StreamedModel:
 
     def _decode(self, infos: Sequence[TensorInfo], stacks: Mapping[str, _Slice] | None = None) -> dict[str, Tensor]:
         """Values by name once dequantised. For a GPU several threads read, and what they read is copied and computed with beside the
-        layer that runs; all of it is done on return."""
+        layer that runs; all of it is done on return.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
         weights = [info for info in infos if not self.format.is_companion(info.name)]
         targets = {place.target: self._empty(place.target) for place in (stacks or {}).values()}
+        extremes: dict[str, Tensor] = {}
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
             value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+            if value.is_floating_point() and value.numel():
+                extremes[info.name] = torch.stack(torch.aminmax(value))
             if stacks is None or (place := stacks.get(info.name)) is None:
                 return self.format.decoded(info, self.checkpoint.tensors)[0], value
             targets[place.target][place.expert, place.rows] = value
@@ -234,11 +241,35 @@ class StreamedModel:
                 return read(info)
 
         if self._copies is None:
-            return targets | dict(filter(None, map(read, weights)))
+            tensors = targets | dict(filter(None, map(read, weights)))
+            self._require_finite(extremes)
+            return tensors
         with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
             values = list(readers.map(read_aside, weights))
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+            self._require_finite(extremes)
         self._copies.synchronize()
         return targets | dict(filter(None, values))
+
+    def _require_finite(self, extremes: Mapping[str, Tensor]) -> None:
+        """Raise DataError naming the first tensor on disk that holds NaN or infinity.
+
+        Its least and greatest value say so without a mask as large as the tensor, and all of a dtype are looked at together: one wait
+        for the device a layer.
+        """
+        by_dtype: dict[torch.dtype, list[str]] = defaultdict(list)
+        for name in sorted(extremes):
+            by_dtype[extremes[name].dtype].append(name)
+        for names in by_dtype.values():
+            bad = (~torch.stack([extremes[name] for name in names]).isfinite().all(1)).nonzero()
+            if len(bad):
+                info = self.checkpoint.tensors[names[int(bad[0])]]
+                value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+                count = int((~value.isfinite()).sum())
+                raise DataError(
+                    f"{info.name!r} in {info.file} holds NaN or infinity: {count:,} of {value.numel():,} values",
+                    hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
+                )
 
     def _empty(self, name: str) -> Tensor:
         """Memory for one of the model's tensors; for a GPU the copying stream's, which fills it."""
