@@ -18,7 +18,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { COUNT = 1, KILL, TEAR, FAIL_ONCE, FAIL_ON, SIGNAL };
+enum { COUNT = 1, KILL, TEAR, FAIL_ONCE, FAIL_ON, SIGNAL, SIGNAL_ON };
 enum { GO_ON, HALF, REFUSED };
 #define MAX_FILES 4096
 
@@ -30,7 +30,8 @@ static atomic_long seen;
 static char *names[MAX_FILES];
 
 /* Kind COUNT only counts; KILL sends SIGKILL in front of call number `place`, TEAR in the middle of it where it writes; FAIL_ONCE and
- * FAIL_ON answer with the error `value`, once or from then on; SIGNAL sends the signal `value` and goes on. */
+ * FAIL_ON answer with the error `value`, once or from then on; SIGNAL and SIGNAL_ON send the signal `value`, once or at every call from
+ * then on, and go on. */
 void disturb(const char *below, const char *log, int what, long place, int value, int reads) {
     strncpy(folder, below, sizeof folder - 1);
     folder_length = strlen(folder);
@@ -60,7 +61,7 @@ static int boundary(const char *call, const char *path, int is_read) {
         int length = snprintf(line, sizeof line, "%s\t%s\n", call, path + folder_length);
         if (syscall(SYS_write, trace, line, length) != length) syscall(SYS_kill, getpid(), SIGABRT);
     }
-    if (now < at || (now > at && kind != FAIL_ON)) return GO_ON;
+    if (now < at || (now > at && kind != FAIL_ON && kind != SIGNAL_ON)) return GO_ON;
     switch (kind) {
     case KILL:
         syscall(SYS_kill, getpid(), SIGKILL);
@@ -77,6 +78,7 @@ static int boundary(const char *call, const char *path, int is_read) {
         errno = number;
         return REFUSED;
     case SIGNAL:
+    case SIGNAL_ON:
         syscall(SYS_kill, getpid(), number);
     }
     return GO_ON;

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -32,7 +32,7 @@ from reapkit.plans import plan
 from reapkit.statistics import Statistics
 
 MODEL = Path(__file__).parents[1] / "models/m2-nano"
-KINDS = {"count": 1, "kill": 2, "tear": 3, "fail once": 4, "fail on": 5, "signal": 6}
+KINDS = {"count": 1, "kill": 2, "tear": 3, "fail once": 4, "fail on": 5, "signal": 6, "signal on": 7}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 CONTEXT = multiprocessing.get_context("forkserver")
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, and Linux")
@@ -68,17 +68,30 @@ class Ended:
     said: str
 
 
-def start(words: Sequence[str], said: Path, disturbance: Disturbance | None = None) -> BaseProcess:
-    """Begin a command in a process of its own; what it says goes to a file."""
+def start(
+    words: Sequence[str],
+    said: Path,
+    disturbance: Disturbance | None = None,
+    *,
+    prepare: Callable[[], object] | None = None,
+) -> BaseProcess:
+    """Begin a command in a process of its own; what it says goes to a file, and `prepare` is called there before."""
     _ensure_server()
-    child = CONTEXT.Process(target=_child, args=(list(words), str(said), disturbance))
+    said.unlink(missing_ok=True)
+    child = CONTEXT.Process(target=_child, args=(list(words), str(said), disturbance, prepare))
     child.start()
     return child
 
 
-def run(words: Sequence[str], said: Path, disturbance: Disturbance | None = None) -> Ended:
+def run(
+    words: Sequence[str],
+    said: Path,
+    disturbance: Disturbance | None = None,
+    *,
+    prepare: Callable[[], object] | None = None,
+) -> Ended:
     """Run a command to its end."""
-    child = start(words, said, disturbance)
+    child = start(words, said, disturbance, prepare=prepare)
     child.join()
     assert child.exitcode is not None
     return Ended(child.exitcode, said.read_text(encoding="utf-8") if said.exists() else "")
@@ -116,12 +129,16 @@ def _ensure_server() -> None:
         os.environ.pop("LD_PRELOAD", None)
 
 
-def _child(words: list[str], said: str, disturbance: Disturbance | None) -> None:
+def _child(
+    words: list[str], said: str, disturbance: Disturbance | None, prepare: Callable[[], object] | None
+) -> None:
     target = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(target, 1)
     os.dup2(target, 2)
     from reapkit.cli import main
 
+    if prepare is not None:
+        prepare()
     if disturbance is not None:
         ctypes.CDLL(None).disturb(
             os.fsencode(disturbance.below),

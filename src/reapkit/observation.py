@@ -290,18 +290,19 @@ class Observation:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what was held where memory runs out all the same: others may take it during the run."""
+        """Say what was held where memory, or threads, run out all the same: others may take them during the run."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            # torch's own class for the device, and a plain RuntimeError for main memory.
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
-                error
-            ):
+            # torch's own class for the device, and a plain RuntimeError for main memory and for threads.
+            is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+            if not is_memory and "can't start new thread" not in str(error):
                 raise
-            held = self.held_bytes
+            held, most = self.held_bytes, max(len(wave) for wave in self.waves)
             raise ResourceError(
-                f"the memory of {self.model.device} ran out: observing was to take " + _parts(self.memory()),
+                f"the memory of {self.model.device} ran out: observing was to take {_parts(self.memory())}"
+                if is_memory
+                else f"the system gives no more threads, and observing was to take {most:,} at once, one for a micro-batch",
                 hint=f"repeat the command with --activation-budget {max(held // 2_000_000, 1)}MB: it goes on where it stopped",
             ) from error
 
