@@ -20,6 +20,7 @@ import pytest
 
 import disturbances
 from disturbances import ERRORS, MODEL, NEEDS_COMPILER, Disturbance, Ended, contents
+from reapkit import shards
 from reapkit.checkpoint import UNFINISHED_NAME
 from reapkit.outputs import PARTIAL
 
@@ -128,6 +129,77 @@ def require_nothing_partial(case: Case, out: Path) -> None:
         is_own = name.endswith((PARTIAL, ".unfinished", "lock")) or name == UNFINISHED_NAME
         without_digests = name == "reapkit.json" and b'"digests": null' in content
         assert is_own or without_digests or content == case.expected[name], name
+
+
+def test_at_every_call_the_disk_holds_what_a_power_cut_must_not_take(cases: dict[str, Case]) -> None:
+    """The order of the calls: bytes before their name, names before the manifest, the manifest before the marker goes."""
+    marker, manifest = f"/{UNFINISHED_NAME}", "/reapkit.json"
+    unsynced: set[str] = set()  # files with bytes that only memory holds
+    unnamed: dict[str, str] = {}  # by name, what a folder holds in memory only
+    renamed: list[str] = []
+    finished = 0
+    for call, path in cases["compress"].calls:
+        if path.endswith("lock"):
+            continue  # which a power cut may take
+        folder = path.rpartition("/")[0]
+        if call in ("open", "write", "copy", "truncate"):
+            assert path.endswith(PARTIAL), "nothing is written under a final name"
+            assert not path.startswith("/model") or (marker in renamed and marker not in unnamed)
+            unsynced.add(path)
+        elif call == "fsync":
+            unsynced.discard(path)
+            unnamed = {name: where for name, where in unnamed.items() if where != path}
+        elif call == "rename":
+            assert path + PARTIAL not in unsynced
+            unnamed[path] = folder
+            renamed.append(path)
+        elif call == "unlink" and path == marker:
+            assert renamed[-1] == manifest
+            assert not unsynced and not unnamed, "all is on the disk"
+            finished = len(renamed)
+            unnamed["the marker's removal"] = folder
+    assert finished == len({*renamed}) and renamed[finished:] == [manifest], "verifying adds the digests"
+    assert not unsynced and not unnamed
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def ask_for_no_space() -> None:
+    """As if the disk filled up only after the space was checked."""
+    shards._require_space = lambda *_: None  # type: ignore[assignment]
+
+
+def test_a_real_disk_that_is_full_or_read_only_loses_nothing(cases: dict[str, Case], tmp_path: Path, disk: Path) -> None:
+    case = cases["compress"]
+    out, said = disk / "out", tmp_path / "said"
+    ended = disturbances.run(case.command(out), said)
+    assert ended.code == 1 and f"error: {out} needs 0.026 GB and its disk has 0.02" in ended.said, ended
+    assert not out.exists(), "that was foreseen"
+    ended = disturbances.run(case.command(out), said, prepare=ask_for_no_space)
+    require_one_sentence(ended, errno.ENOSPC)
+    require_nothing_partial(case, out)
+    assert disturbances.require_honest(out) == "unfinished"
+    remount(disk, "size=64m,ro")
+    require_one_sentence(disturbances.run(case.command(out), said), errno.EROFS)
+    remount(disk, "rw")
+    ended = disturbances.run(case.command(out), said)
+    assert ended.code == 0 and "observe" not in ended.said, ended
+    assert contents(out) == case.expected
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -134,7 +134,7 @@ def test_memory_for_less_than_one_micro_batch_has_no_budget_that_fits(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "the memory of cpu"),
         (MemoryError(), "the memory of cpu ran out: observing was to take "),
         (torch.OutOfMemoryError("CUDA out of memory"), "the memory of cpu ran out"),
-        (RuntimeError("can't start new thread"), "the system gives no more threads, and observing was to take 2 at once"),
+        (RuntimeError("can't start new thread"), "the system gives no more threads, and observing was to take 5 at once"),
     ],
     ids=["main memory", "Python", "a device", "threads"],
 )
@@ -208,3 +208,18 @@ def hold_address_space(extra: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_address_space_that_runs_out_during_the_run_is_one_sentence_and_the_command_goes_on(
+    data: Path, tmp_path: Path
+) -> None:
+    """A limit that nobody can see beforehand (`ulimit -v`)."""
+    out = tmp_path / "s.safetensors"
+    words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
+    ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 250_000_000))
+    assert ended.code == 1 and "Traceback" not in ended.said, ended
+    assert len(re.findall("^error: the (memory of cpu ran out|system gives no more threads)", ended.said, re.M)) == 1, ended
+    assert "--activation-budget" in ended.said
+    assert not list(tmp_path.glob("s.safetensors*"))
+    assert disturbances.run(words, tmp_path / "said").code == 0
+    assert Statistics.load(out).num_tokens > 0
