@@ -91,7 +91,9 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
 
     after = rounds[WARM_UP:]
     fifth = max(1, len(after) // 5)
-    first, last = (statistics.median(used["resident_bytes"] for used in part) for part in (after[:fifth], after[-fifth:]))
+    first, last = (
+        statistics.median(used["resident_bytes"] for used in part) for part in (after[:fifth], after[-fifth:])
+    )
     piled_up = {name: after[-1][name] - max(used[name] for used in after[:fifth]) for name in ("open_files", "threads")}
     ok = not wrong and last <= first * (1 + GROWTH) and all(more <= 0 for more in piled_up.values())
     return {
@@ -99,7 +101,11 @@ def soak(folder: Path, seconds: float) -> dict[str, Any]:
         "rounds": len(rounds),
         "runs": {**left, "finished in the living process": len(rounds)},
         "wrong_outputs": wrong,
-        "resident_bytes": {"first": int(first), "last": int(last), "most": max(used["resident_bytes"] for used in rounds)},
+        "resident_bytes": {
+            "first": int(first),
+            "last": int(last),
+            "most": max(used["resident_bytes"] for used in rounds),
+        },
         "open_files": {"first": after[0]["open_files"], "last": after[-1]["open_files"]},
         "threads": {"first": after[0]["threads"], "last": after[-1]["threads"]},
         "ok": ok,

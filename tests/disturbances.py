@@ -12,12 +12,13 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -36,7 +37,7 @@ KINDS = {"count": 1, "kill": 2, "tear": 3, "fail once": 4, "fail on": 5, "signal
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 CONTEXT = multiprocessing.get_context("forkserver")
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, and Linux")
-REPORT = Path(__file__).parents[1] / "out/torture.json"
+REPORTS = Path(__file__).parents[1] / "out/torture"
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,7 @@ def _ensure_server() -> None:
         os.environ.pop("LD_PRELOAD", None)
 
 
-def _child(
-    words: list[str], said: str, disturbance: Disturbance | None, prepare: Callable[[], object] | None
-) -> None:
+def _child(words: list[str], said: str, disturbance: Disturbance | None, prepare: Callable[[], object] | None) -> None:
     target = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -192,10 +191,10 @@ def require_honest(out: Path) -> str:
     return "whole"
 
 
-def record(name: str, figures: dict[str, object]) -> None:
-    """Put a test's counts into the report of `make torture`, where one is written (REAPKIT_TORTURE)."""
+def record(name: str, figures: Mapping[str, object]) -> None:
+    """Keep a test's counts for the page of a full run (make torture); tests run side by side, so each has a file of its own."""
     print(name, json.dumps(figures))
     if "REAPKIT_TORTURE" in os.environ:
-        REPORT.parent.mkdir(exist_ok=True)
-        report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
-        REPORT.write_text(json.dumps({**report, name: figures}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        path = REPORTS / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
+        path.write_text(json.dumps({"name": name, **figures}) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,9 +22,12 @@ def test_a_compress_that_is_killed_anywhere_is_honest_and_goes_on_to_the_same_by
     data = disturbances.small_text(tmp_path / "text.jsonl", 6)
     said = tmp_path / "said"
     assert disturbances.run(disturbances.compressing(tmp_path / "warm", data), said).code == 0
-    begun = time.perf_counter()
-    assert disturbances.run(disturbances.compressing(tmp_path / "undisturbed", data), said).code == 0
-    length = time.perf_counter() - begun
+    lengths = []
+    for name in ("undisturbed", "again"):
+        begun = time.perf_counter()
+        assert disturbances.run(disturbances.compressing(tmp_path / name, data), said).code == 0
+        lengths.append(time.perf_counter() - begun)
+    length = min(lengths)  # what else runs here makes it longer, not shorter
     expected = contents(tmp_path / "undisturbed")
     choose = random.Random(0)
     states = Counter[str]()
@@ -38,5 +42,8 @@ def test_a_compress_that_is_killed_anywhere_is_honest_and_goes_on_to_the_same_by
         ended = disturbances.run(disturbances.compressing(out, data), said)
         assert ended.code == 0, f"the run that was killed as number {number} does not go on: {ended.said}"
         assert contents(out) == expected
-    disturbances.record("kills at random moments", {"kills": states.total(), "reruns": COUNT, **states})
+        shutil.rmtree(out)
+    disturbances.record(
+        "kills at random moments", {"test": "kills at random moments", "kills": states.total(), **states}
+    )
     assert {"unfinished", "whole"} <= states.keys(), "the moments do not cover the run"

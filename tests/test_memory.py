@@ -131,10 +131,16 @@ def test_memory_for_less_than_one_micro_batch_has_no_budget_that_fits(
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "the memory of cpu"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "the memory of cpu",
+        ),
         (MemoryError(), "the memory of cpu ran out: observing was to take "),
         (torch.OutOfMemoryError("CUDA out of memory"), "the memory of cpu ran out"),
-        (RuntimeError("can't start new thread"), "the system gives no more threads, and observing was to take 5 at once"),
+        (
+            RuntimeError("can't start new thread"),
+            "the system gives no more threads, and observing was to take 5 at once",
+        ),
     ],
     ids=["main memory", "Python", "a device", "threads"],
 )
@@ -198,7 +204,9 @@ def test_a_limit_of_a_real_control_group_is_seen_before_it_kills(limited: Path, 
     words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
     ended = disturbances.run(words, tmp_path / "said", prepare=partial(join, limited))
     assert ended.code == 1, ended
-    match = re.search(r"error: observing takes ([\d.]+) GB on cpu, and ([\d.]+) GB are free: .* for two layers", ended.said)
+    match = re.search(
+        r"error: observing takes ([\d.]+) GB on cpu, and ([\d.]+) GB are free: .* for two layers", ended.said
+    )
     assert match is not None, ended.said
     assert float(match[2]) * 1e9 < LIMIT and float(match[2]) < float(match[1])
     assert not out.exists()
@@ -218,7 +226,9 @@ def test_address_space_that_runs_out_during_the_run_is_one_sentence_and_the_comm
     words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
     ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 250_000_000))
     assert ended.code == 1 and "Traceback" not in ended.said, ended
-    assert len(re.findall("^error: the (memory of cpu ran out|system gives no more threads)", ended.said, re.M)) == 1, ended
+    assert len(re.findall("^error: the (memory of cpu ran out|system gives no more threads)", ended.said, re.M)) == 1, (
+        ended
+    )
     assert "--activation-budget" in ended.said
     assert not list(tmp_path.glob("s.safetensors*"))
     assert disturbances.run(words, tmp_path / "said").code == 0

@@ -210,6 +210,24 @@ def test_padding_is_not_counted(checkpoints: dict[str, Path], observed: Statisti
         np.testing.assert_array_equal(layer.count_SE.reshape(2 * NUM_FOLDS, -1).sum(1), layer.tokens_S * tiny.TOP_K)
 
 
+def test_as_many_threads_give_the_same_bits_and_others_nearly_the_same_sums(
+    checkpoints: dict[str, Path], text: str
+) -> None:
+    before = torch.get_num_threads()
+    runs: list[Statistics] = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH))
+    finally:
+        torch.set_num_threads(before)
+    one, two, again = runs
+    for index, layer in two.layers.items():
+        for name in (*SUM_NAMES, "max_norm_E"):
+            np.testing.assert_array_equal(getattr(layer, name), getattr(again.layers[index], name))
+            np.testing.assert_allclose(getattr(layer, name), getattr(one.layers[index], name), rtol=1e-5)
+
+
 def test_observing_twice_gives_the_same_bits(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
     again = observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH)
     for index, layer in observed.layers.items():

@@ -48,7 +48,10 @@ def test_one_signal_stops_compress_at_its_safe_point_and_the_command_goes_on(
     if stage == "observing":
         at, until = place_of(calls, "write", "/reapkit/statistics.safetensors.lock"), "the running wave is done"
     else:
-        at, until = place_of(calls, "copy", "/model-00002-of-00003.safetensors.partial", nth=20), "the running file is written"
+        at, until = (
+            place_of(calls, "copy", "/model-00002-of-00003.safetensors.partial", nth=20),
+            "the running file is written",
+        )
     words = disturbances.compressing(out, data)
     ended = disturbances.run(words, said, Disturbance("signal", out, at, signum))
     assert ended.code == 128 + signum
