@@ -1,13 +1,14 @@
 # make demo         from nothing: install, compress the bundled model by 25 % and 30 %, verify, compare, print the table
 # make test         from nothing: install, lint, type-check, run every test but those that serve
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
-# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth, and at two activation budgets, which
-#                   it must follow; time and memory of inspect, plan and prune --dry-run on checkpoints of 96,103 and 138,721 tensors
+# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth;
+#                   time and memory of inspect, plan and prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
 # make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these
 #                   calls with every error of a disk; writes out/torture.json and the counts in docs/reliability.md
 # make soak         compress for 30 minutes with kills, memory and open files flat (SOAK_MINUTES); counts as above
+# make budget       peak memory of observing at two activation budgets, which must follow them within 10 %
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test lint serve-check quantize-check docs torture soak bench clean
+.PHONY: demo test lint serve-check quantize-check docs torture soak budget bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,9 +62,11 @@ soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(SOAK_MINUTES) --json out/torture/soak.json
 	$(BIN)/python tests/reliability_page.py
 
+budget: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/activation_budget.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py
-	$(BIN)/python benchmarks/activation_budget.py
 	$(BIN)/python benchmarks/inventories.py
 
 clean:
