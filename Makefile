@@ -1,11 +1,15 @@
 # make demo         from nothing: install, compress the bundled model by 25 % and 30 %, verify, compare, print the table
 # make test         from nothing: install, lint, type-check, run every test but those that serve
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
-# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
-#                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
+# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth;
+#                   time and memory of inspect, plan and prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
-# make torture      kill compress 200 times at random moments (make test: 20 times); 100,000 strangers' files through every reader
+# make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these
+#                   calls with every error of a disk; writes out/torture.json and the counts in docs/reliability.md
+# make fuzz         100,000 strangers' files through every reader (20,000 through those that load tokenizers); counts as above
+# make soak         compress for 30 minutes with kills, memory and open files flat (SOAK_MINUTES); counts as above
+# make budget       peak memory of observing at two activation budgets, which must follow them within 10 %
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -13,7 +17,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check quantize-check docs torture bench clean
+SOAK_MINUTES ?= 30
+
+.PHONY: demo test lint serve-check quantize-check docs torture fuzz soak budget bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,9 +54,21 @@ docs: $(INSTALLED)
 	$(BIN)/python tests/architectures_page.py out/families.xml
 
 torture: $(INSTALLED)
-	REAPKIT_KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py
+	rm -rf out/torture/kills-* out/torture/disk-*
+	REAPKIT_TORTURE=1 REAPKIT_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_boundaries.py
+	$(BIN)/python tests/reliability_page.py
+
+fuzz: $(INSTALLED)
 	nice $(BIN)/python benchmarks/fuzz.py header index config plan statistics manifest rows rows-parquet -o benchmarks/fuzz.json
 	nice $(BIN)/python benchmarks/fuzz.py tokenizer tokenizer-config chat-template --cases 20000 -o benchmarks/fuzz.json
+
+soak: $(INSTALLED)
+	mkdir -p out/torture
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(SOAK_MINUTES) --json out/torture/soak.json
+	$(BIN)/python tests/reliability_page.py
+
+budget: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/activation_budget.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py

@@ -138,6 +138,8 @@ def chain(folder: Path, out: Path, report: Path | None) -> None:
         print(
             f"{name:30} {figures[name]['seconds']:8.1f} s   {figures[name]['peak_bytes'] / 1e9:6.2f} GB of host memory"
         )
+    figures["cp and sync"] = copied(out)
+    print(f"{'cp and sync':30} {figures['cp and sync']['seconds']:8.1f} s")
     figures["run"] = run = inside(folder)
     source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))

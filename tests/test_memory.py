@@ -1,13 +1,25 @@
-"""How much memory is free, from the files of made-up systems."""
+"""How much memory is free, from the files of made-up systems and in a real control group, and what is said where it is too little."""
 
 from __future__ import annotations
 
+import os
+import re
+import resource
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import disturbances
+from disturbances import MODEL
+from reapkit import observation as module
+from reapkit.errors import ResourceError
 from reapkit.memory import free_host_memory, free_memory
+from reapkit.modules import SuspendedForwards
+from reapkit.observation import ACTIVATIONS, Observation, Run
+from reapkit.statistics import Statistics
 
 GB = 10**9
 
@@ -71,3 +83,153 @@ def test_another_system_has_some_memory(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory_left() -> None:
     assert free_memory(torch.device("cpu")) > 1 << 20
+
+
+# ---- too little
+
+
+def observation(data: Path, budget: int | None) -> Observation:
+    return Observation(MODEL, [str(data)], run=Run("cpu", "float32", budget), max_length=512, seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return disturbances.small_text(tmp_path_factory.mktemp("text") / "text.jsonl", 48)
+
+
+def test_too_little_memory_is_said_with_its_parts_and_the_budget_that_fits(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.TOKENS_PER_BATCH, "cpu", 512)
+    planned = observation(data, 1 << 30)
+    memory = planned.memory()
+    free = sum(memory.values()) - memory[ACTIVATIONS] // 3
+    monkeypatch.setattr(module, "free_memory", lambda device: free)
+    with pytest.raises(ResourceError) as caught:
+        planned.run()
+    assert caught.value.message == (
+        f"observing takes {sum(memory.values()) / 1e9:,.2f} GB on cpu, and {free / 1e9:,.2f} GB are free: "
+        + ", ".join(f"{size / 1e9:,.2f} GB for {part}" for part, size in memory.items())
+    )
+    budget = re.fullmatch(r"--activation-budget (\d+)MB", str(caught.value.hint))
+    assert budget is not None
+    smaller = observation(data, int(budget[1]) * 1_000_000)
+    smaller.require_memory()
+    assert len(smaller.waves) > len(planned.waves)
+
+
+def test_memory_for_less_than_one_micro_batch_has_no_budget_that_fits(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = observation(data, 1 << 30)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(ResourceError) as caught:
+        planned.run()
+    assert caught.value.hint == "free some memory, or run where there is more: one layer and one micro-batch must fit"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "the memory of cpu",
+        ),
+        (MemoryError(), "the memory of cpu ran out: observing was to take "),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory of cpu ran out"),
+        (
+            RuntimeError("can't start new thread"),
+            "the system gives no more threads, and observing was to take 5 at once",
+        ),
+    ],
+    ids=["main memory", "Python", "a device", "threads"],
+)
+def test_what_runs_out_during_the_run_is_named_with_a_smaller_budget(
+    data: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def run_out(self: SuspendedForwards, after: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SuspendedForwards, "run_layers", run_out)
+    planned = observation(data, 1 << 30)
+    with pytest.raises(ResourceError, match=sentence) as caught:
+        planned.run()
+    half = planned.memory()[ACTIVATIONS] // 2_000_000
+    assert caught.value.hint == f"repeat the command with --activation-budget {half}MB: it goes on where it stopped"
+
+
+def test_another_error_of_torch_is_left_as_it_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: SuspendedForwards, after: object) -> None:
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setattr(SuspendedForwards, "run_layers", fail)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        observation(data, 1 << 30).run()
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    """A control group of this machine, of either version, which limits whoever joins it."""
+    for parent, limit in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        folder = parent / f"reapkit-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            if (folder / limit).exists():
+                (folder / limit).write_text(str(LIMIT))
+                yield folder
+                return
+        except PermissionError:
+            pass
+        finally:
+            folder.rmdir()
+    pytest.skip("needs the right to make a control group")
+
+
+LIMIT = 150_000_000
+
+
+def join(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def test_a_limit_of_a_real_control_group_is_seen_before_it_kills(limited: Path, data: Path, tmp_path: Path) -> None:
+    """The process is let in once it has everything imported; observing 48 rows takes more than the group has."""
+    out = tmp_path / "s.safetensors"
+    words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
+    ended = disturbances.run(words, tmp_path / "said", prepare=partial(join, limited))
+    assert ended.code == 1, ended
+    match = re.search(
+        r"error: observing takes ([\d.]+) GB on cpu, and ([\d.]+) GB are free: .* for two layers", ended.said
+    )
+    assert match is not None, ended.said
+    assert float(match[2]) * 1e9 < LIMIT and float(match[2]) < float(match[1])
+    assert not out.exists()
+
+
+def hold_address_space(extra: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + extra
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_address_space_that_runs_out_during_the_run_is_one_sentence_and_the_command_goes_on(
+    data: Path, tmp_path: Path
+) -> None:
+    """A limit that nobody can see beforehand (`ulimit -v`)."""
+    out = tmp_path / "s.safetensors"
+    words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
+    ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 250_000_000))
+    assert ended.code == 1 and "Traceback" not in ended.said, ended
+    assert len(re.findall("^error: the (memory of cpu ran out|system gives no more threads)", ended.said, re.M)) == 1, (
+        ended
+    )
+    assert "--activation-budget" in ended.said
+    assert not list(tmp_path.glob("s.safetensors*"))
+    assert disturbances.run(words, tmp_path / "said").code == 0
+    assert Statistics.load(out).num_tokens > 0

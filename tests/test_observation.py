@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -209,6 +210,24 @@ def test_padding_is_not_counted(checkpoints: dict[str, Path], observed: Statisti
         np.testing.assert_array_equal(layer.count_SE.reshape(2 * NUM_FOLDS, -1).sum(1), layer.tokens_S * tiny.TOP_K)
 
 
+def test_as_many_threads_give_the_same_bits_and_others_nearly_the_same_sums(
+    checkpoints: dict[str, Path], text: str
+) -> None:
+    before = torch.get_num_threads()
+    runs: list[Statistics] = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH))
+    finally:
+        torch.set_num_threads(before)
+    one, two, again = runs
+    for index, layer in two.layers.items():
+        for name in (*SUM_NAMES, "max_norm_E"):
+            np.testing.assert_array_equal(getattr(layer, name), getattr(again.layers[index], name))
+            np.testing.assert_allclose(getattr(layer, name), getattr(one.layers[index], name), rtol=1e-5)
+
+
 def test_observing_twice_gives_the_same_bits(checkpoints: dict[str, Path], text: str, observed: Statistics) -> None:
     again = observe(checkpoints["m2"], [text], run=RUN, max_length=MAX_LENGTH)
     for index, layer in observed.layers.items():
@@ -305,6 +324,73 @@ def test_an_output_that_overflows_is_reported_with_layer_expert_and_micro_batch(
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
     assert "--dtype float32" in str(caught.value.hint)
     assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Forward"]
+
+
+PLACES = {
+    "a router": "model.layers.1.block_sparse_moe.gate.weight",
+    "a selection bias": "model.layers.2.block_sparse_moe.e_score_correction_bias",
+    "attention": "model.layers.0.self_attn.q_proj.weight",
+    "an expert": "model.layers.2.block_sparse_moe.experts.5.w3.weight",
+    "the embeddings": "model.embed_tokens.weight",
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_weight_that_is_not_finite_is_named(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, stored: str, name: str, value: float
+) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(module.DTYPES[stored])
+        tensors[name].view(-1)[7] = value
+
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", plant)
+    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in model-1.safetensors holds NaN or infinity: 1 of "):
+        observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("where", ["value", "scale"])
+def test_an_fp8_weight_or_scale_that_is_nan_is_named_with_its_weight(
+    checkpoints: dict[str, Path], text: str, tmp_path: Path, where: str
+) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        if where == "value":
+            tensors[name].view(torch.uint8).view(-1)[300] = 0x7F  # NaN in E4M3
+        else:
+            tensors[name + "_scale_inv"].view(-1)[0] = math.nan
+
+    folder = with_tensors(checkpoints["m2-fp8"], tmp_path / "m2", plant)
+    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in .* holds NaN or infinity") as caught:
+        observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
+    assert ("1 of" in caught.value.message) == (where == "value")
+
+
+def test_an_activation_that_overflows_in_a_later_micro_batch_is_named_with_it(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One word, in the last document alone, has a value in a dimension where all others have 0 and a norm is too large."""
+    monkeypatch.setitem(module.TOKENS_PER_BATCH, "cpu", 16)
+    rows = [{"text": "a" * 12}] * 4 + [{"text": "a" * 12 + "z"}]
+    text = write_jsonl(tmp_path / "rare.jsonl", rows)
+    data = load([text], load_tokenizer(Checkpoint.open(checkpoints["m2"])), max_length=MAX_LENGTH)
+    words = [set(document.input_ids.tolist()) for document in data.documents]
+    (rare,) = max(words, key=len) - min(words, key=len)
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][:, 0] = 0
+        tensors["model.embed_tokens.weight"][rare, 0] = 5
+        tensors["model.layers.0.self_attn.o_proj.weight"][0] = 0
+        tensors["model.layers.0.post_attention_layernorm.weight"][0] = 3e38
+
+    folder = with_tensors(checkpoints["m2"], tmp_path / "m2", enlarge)
+    observation = Observation(folder, [text], run=RUN, max_length=MAX_LENGTH, seed=0)
+    holding = [number for number, batch in enumerate(observation.batches) if (batch.input_ids_BT == rare).any()]
+    assert len(holding) == 1 and len(observation.batches) > 2
+    with pytest.raises(DataError, match=rf"layer 0, expert \d+, micro-batch {holding[0]}: its output or gate weight"):
+        observation.run()
 
 
 def test_ctrl_c_while_observing_leaves_no_thread(checkpoints: dict[str, Path], text: str) -> None:

@@ -155,11 +155,21 @@ def test_damaged_descriptions_are_refused(tmp_path: Path, described: str) -> Non
         Statistics.load(tmp_path / "stats")
 
 
-def test_sums_that_are_not_finite_are_refused_with_layer_and_expert(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [*SUM_NAMES, "max_norm_E"])
+def test_sums_that_are_not_finite_are_refused_with_layer_and_expert(tmp_path: Path, name: str, value: float) -> None:
     damaged = statistics()
-    damaged.layers[10].norm_SE[3, 4] = np.nan
+    getattr(damaged.layers[10], name)[..., 4] = value
     damaged.save(tmp_path / "stats")
-    with pytest.raises(DataError, match="layer 10, expert 4: the sum norm_SE is not finite"):
+    with pytest.raises(DataError, match=f"layer 10, expert 4: the sum {name} is not finite"):
+        Statistics.load(tmp_path / "stats")
+
+
+def test_a_number_of_tokens_that_is_not_finite_is_refused_with_the_layer(tmp_path: Path) -> None:
+    damaged = statistics()
+    damaged.layers[10].tokens_S[0] = np.nan
+    damaged.save(tmp_path / "stats")
+    with pytest.raises(DataError, match="layer 10: the number of tokens is not finite"):
         Statistics.load(tmp_path / "stats")
 
 

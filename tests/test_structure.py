@@ -20,9 +20,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("statistics", "criteria", "plans"),
     (
         "calibration",
-        "formats",
         "kernels",
         "fusion",
+        "formats",
         "experts",
         "activations",
         "modules",

@@ -50,6 +50,7 @@ class Spill:
         if self._is_cuda:
             self._inward: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._outward: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
     def take_out(self, number: int, held: Sequence[Tensor]) -> None:
         """After a micro-batch was suspended: move what it holds out, and give up its memory on the device."""
@@ -60,6 +61,9 @@ class Spill:
             if place == len(buffers):
                 buffers.append(self._buffer(nbytes))
             elif buffers[place].numel() != nbytes:
+                if self._is_cuda:
+                    torch.cuda.synchronize(self._device)
+                self._release(buffers[place])
                 buffers[place] = self._buffer(nbytes)
             outside.append((tensor, buffers[place]))
         if not self._is_cuda:
@@ -102,9 +106,25 @@ class Spill:
         if number in self._events:
             torch.cuda.current_stream(self._device).wait_event(self._events[number])
 
+    def close(self) -> None:
+        """Free everything; what was taken out is lost."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self._device)
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                self._release(buffer)
+        self._buffers, self._outside = {}, {}
+
+    def _release(self, buffer: Tensor) -> None:
+        if not self._on_disk:
+            torch.cuda.check_error(self._runtime.cudaHostUnregister(buffer.data_ptr()))
+
     def _buffer(self, nbytes: int) -> Tensor:
         if not self._on_disk:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            # torch's own allocator of pinned memory would round up to a power of two.
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            torch.cuda.check_error(self._runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
+            return buffer
         with tempfile.NamedTemporaryFile(prefix="reapkit-activations-", delete=False) as file:
             path = Path(file.name)
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.fusion import fused_kernels
 from reapkit.quantization import Format, Recipe
 from reapkit.tensors import TensorInfo
 
@@ -23,6 +24,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 # Bytes to which torch aligns what it allocates itself.
 ALIGNMENT = 64
+# Larger tensors, embeddings, are copied from ordinary memory: pinned memory is kept for the next ones, rounded up to a power of two.
+PINNED_BYTES = 64 << 20
 # The values of FP4 (E2M1) by their codes: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, table 5).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # Which of a word's eight values, lowest bits first, belongs to each of eight neighbouring outputs: AWQ packs 0, 2, 4, 6, 1, 3, 5, 7.
@@ -39,7 +42,7 @@ def read_tensor(checkpoint: Checkpoint, info: TensorInfo, *, pinned: bool = Fals
         raise UnsupportedError(f"{info.name!r} is {info.dtype}, which cannot be computed with")
     if not info.nbytes:
         return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-    if pinned:
+    if pinned and info.nbytes <= PINNED_BYTES:
         buffer = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=True)
         checkpoint.read_into(info, buffer.numpy().data)
         return buffer.view(TORCH_DTYPES[info.dtype]).view(info.shape)
@@ -70,18 +73,19 @@ def decode(
         return stored if stored.data_ptr() % ALIGNMENT == 0 else stored.clone()
 
     def read(companion: TensorInfo | None) -> Tensor | None:
-        return None if companion is None else read_tensor(checkpoint, companion)
+        return None if companion is None else read_tensor(checkpoint, companion, pinned=is_pinned)
 
     _require_stated(read(recipe.stated), recipe)
-    scale, factor, zeros = as_factors(read_tensor(checkpoint, recipe.scale)), read(recipe.factor), read(recipe.zeros)
-    scale = scale.view(recipe.grid)
+    factor, zeros = read(recipe.factor), read(recipe.zeros)
+    scale = as_factors(read_tensor(checkpoint, recipe.scale, pinned=is_pinned)).view(recipe.grid)
     if factor is not None:
         factor = factor.to(torch.float32).view(-1, 1, 1)
         scale = scale / factor if recipe.divides else scale * factor
-    scale = scale.to(device)
+    scale = scale.to(device, non_blocking=is_pinned)
     if zeros is not None:
         zeros = zeros.view(-1, *zeros.shape[-2:]).to(device)
-    group = _groups_of_columns(read(recipe.order), recipe).to(device)
+    is_grouped = recipe.scheme in ("int", "awq", "gptq")
+    group = _groups_of_columns(read(recipe.order), recipe).to(device) if is_grouped else None
     count = recipe.shape[0] if len(recipe.shape) == 3 else 1
     packed = stored.flatten(2) if len(info.shape) == 4 else stored  # gpt-oss: [experts, rows, groups, bytes]
     packed = packed.view(count, *packed.shape[-2:])
@@ -120,14 +124,19 @@ def _groups_of_columns(order: Tensor | None, recipe: Recipe) -> Tensor:
 
 
 def _dequantize(
-    recipe: Recipe, packed: Tensor, scale: Tensor, zeros: Tensor | None, group: Tensor, dtype: torch.dtype
+    recipe: Recipe, packed: Tensor, scale: Tensor, zeros: Tensor | None, group: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """One matrix by its scheme."""
     if recipe.scheme == "scaled":
+        kernels = fused_kernels(packed.device)
+        if kernels is not None and packed.dtype == torch.float8_e4m3fn:
+            values: Tensor = kernels.dequantize_blocks(packed, scale, block=recipe.block, dtype=dtype)
+            return values
         return dequantize_blocks(packed, scale, block=recipe.block, dtype=dtype)
     if recipe.scheme == "fp4":
         values = dequantize_fp4(packed, scale, dtype=dtype)
         return values.T if recipe.transposed else values
+    assert group is not None
     if recipe.scheme == "int":
         return dequantize_int(packed, scale, zeros, group, bits=recipe.bits, dtype=dtype)
     assert zeros is not None

@@ -6,6 +6,7 @@ reads its inputs once and writes its outputs once, and its floor is bytes over t
 
 | kernel | bytes | floor |
 |---|---|---|
+| `dequantize_blocks` | 1 byte a weight read, 2 written: 3.6 and 7.2 GB a layer | 2.5 ms |
 | `gather` | P D read (mostly from the cache), P D written: 1.8 to 3.2 GB | 0.4 to 0.75 ms |
 | `swiglu` | 2 P I read, P I written: 2.4 GB | 0.56 ms |
 | `combine` | P D read, N D written: 1.8 GB | 0.42 ms |
@@ -33,6 +34,31 @@ from torch import Tensor
 _COLUMNS = 4096
 # Pairs that a program of `add_pairs` takes at a time: an expert of MiniMax-M2 gets about a thousand of 32,768 tokens.
 _PAIRS = 1024
+
+
+@triton.jit
+def _dequantize_kernel(
+    weight, scale, result, columns, scale_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        values = tl.load(weight + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(scale + (row // ROWS) * scale_columns + column // COLUMNS, mask=inside, other=0.0)
+        tl.store(result + row * columns + column, (values * factor).to(result.dtype.element_ty), mask=inside)
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """FP8 (E4M3) weight [M, N] times its float32 block scales, rounded once: the same bits as `formats.dequantize_blocks`."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows, columns = weight.shape
+    if result.numel():
+        _dequantize_kernel[(rows,)](
+            weight, scale, result, columns, scale.shape[1], ROWS=block[0], COLUMNS=block[1], BLOCK=_block(columns), num_warps=4
+        )  # fmt: skip
+    return result
 
 
 @triton.jit

@@ -40,6 +40,8 @@ from reapkit.layout import Architecture, MoELayout
 from reapkit.quantization import HINT, Format, read_format
 from reapkit.tensors import TensorInfo, brief
 
+# glibc's malloc.h: the most arenas that there may be.
+_M_ARENA_MAX = -8
 # Threads that read a layer for a GPU. One copies some 3 GB/s from the system's cache to pinned memory, and a fast disk wants several.
 _READERS = 8
 
@@ -211,14 +213,18 @@ class StreamedModel:
 
     def _decode(self, infos: Sequence[TensorInfo], stacks: Mapping[str, _Slice] | None = None) -> dict[str, Tensor]:
         """Values by name once dequantised. For a GPU several threads read, and what they read is copied and computed with beside the
-        layer that runs; all of it is done on return."""
+        layer that runs; all of it is done on return.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
         weights = [info for info in infos if not self.format.is_companion(info.name)]
         targets = {place.target: self._empty(place.target) for place in (stacks or {}).values()}
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
             value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
             if stacks is None or (place := stacks.get(info.name)) is None:
-                return self.format.decoded(info, self.checkpoint.tensors)[0], value
+                return info.name, value
             targets[place.target][place.expert, place.rows] = value
             return None
 
@@ -228,11 +234,41 @@ class StreamedModel:
                 return read(info)
 
         if self._copies is None:
-            return targets | dict(filter(None, map(read, weights)))
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
-            values = list(readers.map(read_aside, weights))
-        self._copies.synchronize()
-        return targets | dict(filter(None, values))
+            values = dict(filter(None, map(read, weights)))
+            self._require_finite(values, targets, stacks or {})
+        else:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
+                values = dict(filter(None, readers.map(read_aside, weights)))
+            with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+                self._require_finite(values, targets, stacks or {})
+            self._copies.synchronize()
+        names = {info.name: self.format.decoded(info, self.checkpoint.tensors)[0] for info in weights}
+        return targets | {names[name]: value for name, value in values.items()}
+
+    def _require_finite(
+        self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
+    ) -> None:
+        """Raise DataError naming the first tensor on disk that holds NaN or infinity.
+
+        The least and the greatest value say so without a mask as large as the tensor; there is one wait for the device.
+        """
+        single = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
+        extremes = [torch.stack(value.aminmax()).float() for value in single.values()]
+        stacked = {name: torch.stack(value.flatten(1).aminmax(dim=1)).float() for name, value in targets.items()}
+        ends = [*extremes, *(extreme.flatten() for extreme in stacked.values())]
+        if not ends or bool(torch.cat(ends).isfinite().all()):
+            return
+        suspects = [name for name, extreme in zip(single, extremes, strict=True) if not extreme.isfinite().all()]
+        for name, place in stacks.items():
+            if not stacked[place.target][:, place.expert].isfinite().all():
+                suspects.append(name)
+        for info in (self.checkpoint.tensors[name] for name in sorted(suspects)):
+            value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+            if count := int((~value.isfinite()).sum()):
+                raise DataError(
+                    f"{info.name!r} in {info.file} holds NaN or infinity: {count:,} of {value.numel():,} values",
+                    hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
+                )
 
     def _empty(self, name: str) -> Tensor:
         """Memory for one of the model's tensors; for a GPU the copying stream's, which fills it."""
@@ -461,11 +497,22 @@ def _to_meta(module: nn.Module) -> None:
 def _return_freed_memory() -> None:
     """Hand freed memory back to the system.
 
-    glibc keeps it in arenas, one per thread, whose gaps let the peak creep up layer by layer (by 0.3 GB over 16 layers of 0.1 GB).
+    glibc keeps it in arenas, whose gaps let the peak creep up layer by layer (by 0.3 GB over 16 layers of 0.1 GB).
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # other C libraries have no such function
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _share_freed_memory() -> None:
+    """Let all threads take memory from one place.
+
+    Every micro-batch has a thread, and glibc gives threads arenas of their own, in which what a layer's temporaries took would stay while
+    the others run: six times what is suspended (benchmarks/activation_budget.py). One thread runs at a time, so none waits.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def build_meta_model(
@@ -799,6 +846,7 @@ class SuspendedForwards:
         self._keep_outputs = keep_outputs or self._runs_mtp
 
     def __enter__(self) -> SuspendedForwards:
+        _share_freed_memory()
         for index, layer in enumerate(self._model.layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index), with_kwargs=True))
         last = len(self._model.layers)
@@ -814,6 +862,8 @@ class SuspendedForwards:
         self._loader.shutdown(wait=True, cancel_futures=True)
         for hook in self._hooks:
             hook.remove()
+        if self._spill is not None:
+            self._spill.close()
         self._model.unload_everything()
 
     def run_layers(self, after_batch: Callable[[int, int], None]) -> None:

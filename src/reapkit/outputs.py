@@ -14,6 +14,7 @@ from pathlib import Path
 from reapkit.errors import OutputError
 
 PARTIAL = ".partial"
+REPEAT = "once that is cured, repeat the command"
 
 
 @contextmanager
@@ -45,9 +46,14 @@ def unfinished(path: Path) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, and what a run that died may have left of writing it."""
-    path.unlink(missing_ok=True)
-    path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+    """Remove a file, and what a run that died may have left of writing it.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    with explained(path, hint=REPEAT):
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
 
 
 def lock_of(path: Path) -> Path:
@@ -62,7 +68,7 @@ def save(path: Path, content: bytes) -> None:
         OutputError: the system refuses; nothing is left under its own name or another.
     """
     require_target(path)
-    with explained(path, hint="once that is cured, repeat the command"):
+    with explained(path, hint=REPEAT):
         write_file(path, content)
 
 

@@ -69,6 +69,8 @@ class LayerStatistics:
 
     def require_finite(self, layer: int) -> None:
         """Raise DataError naming layer and expert where a sum is NaN or infinite."""
+        if not np.isfinite(self.tokens_S).all():
+            raise DataError(f"layer {layer}: the number of tokens is not finite")
         for name in (*SUM_NAMES, "max_norm_E"):
             values = getattr(self, name)
             if not np.isfinite(values).all():
