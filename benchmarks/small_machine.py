@@ -56,12 +56,12 @@ def main() -> int:
         times["observe"].append(time.perf_counter() - begun)
     forward, observe = (stats.median(times[name][1:]) for name in ("forward", "observe"))
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "statistics"
+        path = Path(scratch) / "statistics.safetensors"
         result.save(path)
         starts = {
             "reapkit --help": started(arguments.rounds, "--help"),
             "reapkit plan": started(
-                arguments.rounds, "plan", path, "--ratio", "0.25", "-o", Path(scratch) / "plan", "-q"
+                arguments.rounds, "plan", path, "--ratio", "0.25", "-o", Path(scratch) / "plan.json", "-q"
             ),
         }
     figures = {"observe / forward": observe / forward} | {name: stats.median(values) for name, values in starts.items()}
