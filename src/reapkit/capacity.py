@@ -14,7 +14,7 @@ from typing import Any
 
 from reapkit.errors import UnsupportedError, UsageError, did_you_mean
 from reapkit.geometry import CacheLayers, Geometry
-from reapkit.gpus import GIB, Gpu
+from reapkit.gpus import GIB, Gpu, recognize
 from reapkit.inventory import Inventory
 from reapkit.plans import num_kept
 
@@ -29,6 +29,8 @@ LOGIT_COPIES = 2
 MOST_REMOVED = 0.5
 # Tokens of a block of the cache: vLLM's default on GPUs.
 BLOCK_TOKENS = 16
+# Steps that are prepared while others run: vLLM schedules one ahead.
+STEPS_AHEAD = 1
 # bf16 of hidden states and, unless asked otherwise, of the cache.
 ACTIVATION_BYTES = 2
 KV_DTYPES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
@@ -71,6 +73,7 @@ class Capacity:
         per_sequence: bytes of cache that a sequence of `context` tokens takes.
         max_num_seqs: sequences of `context` tokens that fit at once.
         max_context: the longest single sequence that fits, at most `context`.
+        cached_tokens: tokens that the cache holds in sequences of `context` tokens, as vLLM counts when it starts.
     """
 
     gpu: Gpu
@@ -85,6 +88,7 @@ class Capacity:
     per_sequence: int
     max_num_seqs: int
     max_context: int
+    cached_tokens: int
 
     @property
     def fits(self) -> bool:
@@ -95,11 +99,6 @@ class Capacity:
     def missing(self) -> int:
         """Bytes that lack for one sequence of full length; 0 where it fits."""
         return max(0, self.per_sequence - self.cache)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens that the cache holds in sequences of full length, as vLLM counts when it starts."""
-        return max(0, self.cache) * self.context // self.per_sequence
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -118,9 +117,21 @@ class Capacity:
             "cache_bytes_per_sequence": self.per_sequence,
             "max_num_seqs": self.max_num_seqs,
             "max_context": self.max_context,
+            "cached_tokens": self.cached_tokens,
             "fits": self.fits,
             "missing_bytes": self.missing,
         }
+
+
+def found(count: int | None = None) -> tuple[Gpu | None, int]:
+    """The cards of this machine, the kind of the first one and how many there are of it, or `count`; None where there are none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, 1 if count is None else count
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    same = sum(other.name == properties[0].name for other in properties)
+    return recognize(properties[0].name, int(properties[0].total_memory)), same if count is None else count
 
 
 @dataclass(frozen=True)
@@ -219,8 +230,11 @@ def capacity(
     cache = usable - weights - overhead
     value = KV_DTYPES[demand.kv_dtype]
 
+    blocks = pool(geometry, parallel, value_bytes=value)
+    in_flight = (parallel.pipeline + STEPS_AHEAD) * gpu.max_batched_tokens
+
     def per_sequence(tokens: int) -> int:
-        return sequence_bytes(geometry, parallel, tokens, value_bytes=value, in_flight=gpu.max_batched_tokens)
+        return blocks.sequence_bytes(tokens, in_flight=in_flight)
 
     fits = cache >= per_sequence(1)
     low, high = (1, context) if fits else (0, 0)
@@ -240,6 +254,7 @@ def capacity(
         per_sequence=per_sequence(context),
         max_num_seqs=max(0, cache) // per_sequence(context),
         max_context=low,
+        cached_tokens=blocks.cached_tokens(cache, context, in_flight=in_flight),
     )
 
 
@@ -327,57 +342,66 @@ def token_bytes(geometry: Geometry, parallel: Parallel, *, value_bytes: int) -> 
     """Bytes of cache on a card that one more token of a long sequence takes."""
     growing = [layer for layer in geometry.cache if layer.window is None and layer.kind != "state"]
     return sum(
-        _stage_count(layer, geometry, parallel) * _page_bytes(layer, parallel.tensor, value_bytes, 1)
+        math.ceil(layer.num_layers / parallel.pipeline) * _page_bytes(layer, parallel.tensor, value_bytes, 1)
         for layer in growing
     )
 
 
-def sequence_bytes(
-    geometry: Geometry,
-    parallel: Parallel,
-    tokens: int,
-    *,
-    value_bytes: int,
-    in_flight: int,
-    block_tokens: int = BLOCK_TOKENS,
-) -> int:
-    """Bytes of cache on a card that one sequence takes, in whole blocks, as vLLM reserves them.
+@dataclass(frozen=True)
+class Pool:
+    """The blocks of a cache, all of one size, on one card.
 
-    Where layers keep different things vLLM puts equally many of one kind in a group, pads the last group, and gives every group blocks of
-    one size from one pool (`_get_kv_cache_groups_uniform_page_size`); sliding windows keep the tokens of a step that is under way, too.
+    Attributes:
+        block_bytes: of a block, for all layers of a group.
+        groups: for each group of layers, what it keeps, and the tokens of its blocks.
+    """
+
+    block_bytes: int
+    groups: tuple[tuple[CacheLayers, int], ...]
+
+    def blocks(self, tokens: int, *, in_flight: int) -> int:
+        """Blocks that a sequence takes; sliding windows keep the tokens of the steps that are under way, too."""
+        return sum(_blocks(layer, tokens, in_flight, block_tokens) for layer, block_tokens in self.groups)
+
+    def sequence_bytes(self, tokens: int, *, in_flight: int) -> int:
+        """Bytes that a sequence takes."""
+        return self.blocks(tokens, in_flight=in_flight) * self.block_bytes
+
+    def cached_tokens(self, nbytes: int, context: int, *, in_flight: int) -> int:
+        """Tokens of sequences of full length that a cache holds: what vLLM says when it starts, `KV cache size: N tokens`."""
+        blocks = max(0, nbytes) // self.block_bytes
+        return int(blocks / self.blocks(context, in_flight=in_flight) * context)
+
+
+def pool(geometry: Geometry, parallel: Parallel, *, value_bytes: int, block_tokens: int = BLOCK_TOKENS) -> Pool:
+    """How vLLM divides a card's cache.
+
+    Where layers keep different things it puts equally many of one kind in a group, pads the last group, and gives every group blocks of one
+    size (`_get_kv_cache_groups_uniform_page_size`): layers with smaller heads get longer blocks, and attention's blocks are made longer
+    until one holds as much as a state.
 
     Args:
         geometry: of the model.
         parallel: how it is spread.
-        tokens: of the sequence.
         value_bytes: of a value in the cache.
-        in_flight: tokens that a step may take.
         block_tokens: tokens of a block.
     """
-    # An index has blocks beside those of the layer that it serves.
     main = [layer for layer in geometry.cache if layer.kind != "index"]
-    counts = [_stage_count(layer, geometry, parallel) for layer in main]
+    # Kinds alternate, so that every stage has its share of each.
+    counts = [math.ceil(layer.num_layers / parallel.pipeline) for layer in main]
     pages = [_page_bytes(layer, parallel.tensor, value_bytes, block_tokens) for layer in main]
-    group = _group_size(counts)
-    page = max(pages)
     attention = [size for layer, size in zip(main, pages, strict=True) if layer.kind != "state"]
-    if attention and page > max(attention):
-        # Attention's blocks are made longer until one holds as much as a state.
-        longer = math.ceil(page / max(attention))
-        block_tokens, page = block_tokens * longer, max(attention) * longer
-    total = 0
+    page = max(attention, default=max(pages))
+    page *= math.ceil(max(pages) / page)
+    group = _group_size(counts)
+    groups = []
     for layer, count, size in zip(main, counts, pages, strict=True):
-        groups = math.ceil(count / group)
-        # Layers with smaller heads get longer blocks of the same size.
-        tokens_of_block = (
-            block_tokens * max(1, max(attention, default=1) // size) if layer.kind != "state" else block_tokens
-        )
-        total += groups * group * page * _blocks(layer, tokens, in_flight, tokens_of_block)
-    for layer in geometry.cache:
-        if layer.kind == "index":
-            size = _page_bytes(layer, parallel.tensor, value_bytes, block_tokens)
-            total += _stage_count(layer, geometry, parallel) * size * math.ceil(tokens / block_tokens)
-    return total
+        tokens_of_block = block_tokens if layer.kind == "state" else block_tokens * (page // size)
+        groups += [(layer, tokens_of_block)] * math.ceil(count / group)
+    # An index has blocks beside those of the layers that it serves.
+    index = [layer for layer in geometry.cache if layer.kind == "index"]
+    beside = sum(_page_bytes(layer, parallel.tensor, value_bytes, block_tokens) for layer in index)
+    return Pool(group * (page + beside), tuple(groups))
 
 
 def _group_size(counts: list[int]) -> int:
@@ -402,11 +426,6 @@ def _page_bytes(layer: CacheLayers, tensor: int, value_bytes: int, block_tokens:
     if layer.kind == "state":
         return math.ceil(layer.values * each / tensor)
     return math.ceil(max(1, layer.heads // tensor) * layer.values * each * block_tokens)
-
-
-def _stage_count(layer: CacheLayers, geometry: Geometry, parallel: Parallel) -> int:
-    """Layers of a kind on the stage that has most; kinds alternate, so that every stage has its share of each."""
-    return math.ceil(layer.num_layers / parallel.pipeline)
 
 
 # --- what to do where it does not fit

@@ -154,7 +154,7 @@ def deployment(
     program, flags = make(inventory, name, parallel, trust_remote_code)
     flags = [*flags, *_limits(engine, inventory, demand, found, max_num_seqs)]
     if extra:
-        flags.append(Flag(tuple(extra), "as given"))
+        flags.append(Flag(tuple(extra), _GIVEN_LAST))
     steps = [] if gpu is None or found is None else capacities.next_steps(inventory, gpu, gpus, demand, found=found)
     if (
         any("--max-model-len" in flag.words or "--context-length" in flag.words for flag in flags)
@@ -245,6 +245,7 @@ def _transformers(
     return ("transformers", "serve", model), flags
 
 
+_GIVEN_LAST = "as given behind --"
 _LENGTH = {"vllm": "--max-model-len", "sglang": "--context-length"}
 _SEQUENCES = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests"}
 _UTILIZATION = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}
@@ -394,6 +395,15 @@ def _tuning(inventory: Inventory, parallel: Parallel) -> list[str]:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
+
+
+def listening_on(found: Deployment, host: str, port: int, *, by_default: bool = False) -> Deployment:
+    """The same with where it is to listen, which engines otherwise choose themselves, vLLM every address of the machine."""
+    reason = "this machine alone: engines ask nobody who they are" if by_default else "as given"
+    flags = list(found.flags)
+    at = next((i for i, flag in enumerate(flags) if flag.reason == _GIVEN_LAST), len(flags))
+    flags.insert(at, Flag(("--host", host, "--port", str(port)), reason))
+    return replace(found, flags=tuple(flags))
 
 
 def with_program(found: Deployment, program: Sequence[str]) -> Deployment:
