@@ -575,7 +575,8 @@ def serve(
         context.args,
     )  # fmt: skip
     listening = servers.listening(host, port)
-    if start:
+    fits = deployment.capacity is None or deployment.capacity.max_context > 0
+    if start and fits:
         words = servers.find_program(engine, program)
         listening = replace(listening, port=servers.free_port(listening.host, listening.port))
         deployment = serving.listening_on(
@@ -583,8 +584,8 @@ def serve(
         )
     elif listening.asked:
         deployment = serving.listening_on(deployment, listening.host, listening.port)
-    fits = deployment.capacity is None or deployment.capacity.max_context > 0
-    if not (start and as_json and not dry_run):
+    # With --json there is one object on standard output, which a start completes.
+    if not (start and fits and as_json and not dry_run):
         _print_deployment(deployment, as_json=as_json, quiet=quiet)
     if not fits:
         raise typer.Exit(EXIT_ANSWERED_NO)
