@@ -1,6 +1,7 @@
 # make demo         from nothing: install, compress the bundled model by 25 % and 30 %, verify, compare, print the table
 # make test         from nothing: install, lint, type-check, run every test but those that serve
-# make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
+# make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned; hold
+#                   reapkit serve to it
 # make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -220,6 +221,22 @@ def test_the_chat_template_is_read_from_either_file(
     assert inspect(folder).tool_parser == "qwen3_coder"
     (folder / "chat_template.jinja").write_text("</think>")
     assert (inspect(folder).tool_parser, inspect(folder).reasoning_parser) == ("hermes", "qwen3")
+
+
+def test_the_page_on_serving_shows_what_its_commands_print(
+    pruned_to: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every console block: MiniMax-M2's memory on five machines, and the model card's command."""
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    shutil.copytree(pruned_to(256), tmp_path / "MiniMaxAI/MiniMax-M2")
+    shutil.copytree(pruned_to(180), tmp_path / "MiniMax-M2-REAP-162B")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```console\n\$ reapkit (.*)\n((?:.*\n)*?)```", page, re.MULTILINE)
+    assert len(blocks) == 6
+    for command, shown in blocks:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, result.stderr
+        assert [line.rstrip() for line in result.stdout.splitlines()] == shown.splitlines(), command
 
 
 def test_every_dialect_is_of_a_family_that_there_is() -> None:

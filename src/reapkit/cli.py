@@ -560,6 +560,7 @@ def serve(
 ) -> None:
     """Print the command that serves a checkpoint, and with --run start it; words behind -- go to the engine."""
     from reapkit import servers, serving
+    from reapkit.capacity import Demand
 
     if url is not None and (start or not check):
         raise UsageError(
@@ -570,10 +571,17 @@ def serve(
         source = model if reference else None
         _check(address, source, device, dtype, trust_remote_code, as_json=as_json, quiet=quiet, described={})
         return
-    deployment = _deployment(
-        model, engine, gpu, count, max_model_len, max_num_seqs, kv_cache_dtype, gpu_memory_utilization, trust_remote_code, revision,
-        context.args,
-    )  # fmt: skip
+    deployment = serving.serve(
+        model,
+        engine=engine,
+        gpu=gpu,
+        count=count,
+        trust_remote_code=trust_remote_code,
+        demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
+        max_num_seqs=max_num_seqs,
+        extra=context.args,
+        revision=revision,
+    )
     listening = servers.listening(host, port)
     fits = deployment.capacity is None or deployment.capacity.max_context > 0
     if start and fits:
@@ -611,21 +619,6 @@ def serve(
             sys.stdout.flush()
         announce("Ctrl-C ends it")
         server.wait()
-
-
-def _deployment(
-    model: str, engine: str, gpu: str | None, count: int | None, max_model_len: int | None, max_num_seqs: int | None, kv_cache_dtype: str,
-    gpu_memory_utilization: float | None, trust_remote_code: bool, revision: str | None, extra: Sequence[str],
-) -> Deployment:  # fmt: skip
-    from reapkit import gpus, serving
-    from reapkit.capacity import Demand, found
-
-    card, number = (gpus.find(gpu), 1 if count is None else count) if gpu is not None else found(count)
-    demand = Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization)
-    return serving.deploy(
-        model, model=model, engine=engine, gpu=card, gpus=number, trust_remote_code=trust_remote_code, demand=demand,
-        max_num_seqs=max_num_seqs, extra=extra, revision=revision,
-    )  # fmt: skip
 
 
 def _print_deployment(deployment: Deployment, *, as_json: bool, quiet: bool) -> None:
@@ -780,6 +773,7 @@ def _print_capacities(
         f"[bold]{_escape(inventory.origin)}[/] on {count} x {card.title}, {_size(first.usable)} to take of each, by {_spread(first)}; "
         f"sequences of {first.context:,} tokens, {_size(first.per_token)} of cache a token",
         highlight=False,
+        soft_wrap=True,
     )  # fmt: skip
     table = _table("removed", "experts", "weights", "running", "left for cache", "a sequence", "sequences", "longest")
     for ratio, held in rows:

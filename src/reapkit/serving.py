@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reapkit import capacity as capacities
+from reapkit import gpus as cards
 from reapkit import inventory as inventories
 from reapkit.architectures import ARCHITECTURES
 from reapkit.capacity import Capacity, Demand, Parallel, spread
@@ -168,9 +169,43 @@ def deployment(
     return Deployment(name, engine, parallel, program, tuple(flags), found, tuple(warnings), tuple(steps))
 
 
-def deploy(source: str | Path, *, revision: str | None = None, **options: Any) -> Deployment:
-    """`deployment` of a checkpoint's folder or hub id, whose shards need not be there."""
-    return deployment(inventories.inspect(source, revision=revision, ratios=()), **options)
+def serve(
+    source: str | Path,
+    *,
+    engine: str = "vllm",
+    gpu: str | None = None,
+    count: int | None = None,
+    trust_remote_code: bool = False,
+    demand: Demand | None = None,
+    max_num_seqs: int | None = None,
+    extra: Sequence[str] = (),
+    revision: str | None = None,
+) -> Deployment:
+    """How a checkpoint is to be served: the command, what a card holds, what can go wrong. Nothing is started.
+
+    Args:
+        source: a folder or hub id, whose shards need not be there.
+        gpu: the name of a card; None takes those of this machine, and without any leaves out the arithmetic of memory.
+        count: cards; None takes one of a named card, and all of this machine's.
+        engine, trust_remote_code, demand, max_num_seqs, extra: as for `deployment`.
+        revision: of a hub id.
+
+    Raises:
+        As `inspect` and `deployment`; UsageError: an unknown card.
+    """
+    card, number = (cards.find(gpu), count) if gpu is not None else capacities.found(count)
+    inventory = inventories.inspect(source, revision=revision, ratios=())
+    return deployment(
+        inventory,
+        model=str(source),
+        engine=engine,
+        gpu=card,
+        gpus=1 if number is None else number,
+        trust_remote_code=trust_remote_code,
+        demand=demand,
+        max_num_seqs=max_num_seqs,
+        extra=extra,
+    )
 
 
 # --- the engines' words
