@@ -1,8 +1,9 @@
 # make demo         from nothing: install, compress the bundled model by 25 % and 30 %, verify, compare, print the table
 # make test         from nothing: install, lint, type-check, run every test but those that serve
-# make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned
-# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth;
-#                   time and memory of inspect, plan and prune --dry-run on checkpoints of 96,103 and 138,721 tensors
+# make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned; hold
+#                   reapkit serve to it
+# make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
+#                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
 # make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these

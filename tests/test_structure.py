@@ -15,8 +15,8 @@ import reapkit
 SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "interrupts", "outputs", "tensors"),
-    ("checkpoint", "quantization", "layout", "architectures"),
+    ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
+    ("checkpoint", "quantization", "layout", "architectures", "geometry", "dialects"),
     ("statistics", "criteria", "plans"),
     (
         "calibration",
@@ -30,11 +30,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sums",
         "ranks",
         "inventory",
+        "capacity",
         "observation",
         "fidelity",
     ),
     ("edits", "shards", "verification"),
-    ("compression", "cli"),
+    ("compression", "serving", "servers", "probes", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}

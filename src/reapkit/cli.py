@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -31,11 +31,15 @@ from reapkit.interrupts import heard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from reapkit.capacity import Capacity, Demand
     from reapkit.fidelity import Figure
+    from reapkit.inventory import Inventory
     from reapkit.layout import Architecture
     from reapkit.observation import Estimate, Observation, Run
     from reapkit.plans import Choice, PruningPlan
+    from reapkit.probes import Probe
     from reapkit.progress import Progress
+    from reapkit.serving import Deployment
     from reapkit.shards import Manifest
     from reapkit.verification import Verification
 
@@ -99,6 +103,15 @@ AllowMissingScales = Annotated[
     bool, typer.Option("--allow-missing-scales", help="go on where a kept expert lacks a scale that others have")
 ]
 BaseModel = Annotated[str | None, typer.Option(metavar="ID", help="hub id to record as the parent")]
+GpuOption = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="kind of card; see reapkit list gpus")]
+CountOption = Annotated[int | None, typer.Option("--count", metavar="N", help="number of such cards; 1 by default")]
+ContextOption = Annotated[
+    int | None, typer.Option("--max-model-len", metavar="N", help="tokens per sequence; the model's own by default")
+]
+KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", metavar="D", help="of the cache: auto (bf16) or fp8")]
+Utilization = Annotated[
+    float | None, typer.Option("--gpu-memory-utilization", metavar="S", help="share of a card's memory to take; 0.92 by default")
+]  # fmt: skip
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
 ]
@@ -127,7 +140,10 @@ def _verb(function: Function) -> Function:
             )
             raise typer.Exit(EXIT_SIGNALLED + getattr(interruption, "signum", signal.SIGINT)) from None
 
-    app.command(function.__name__.rstrip("_"))(run)
+    passing = (
+        {"allow_extra_args": True} if function.__name__ == "serve" else None
+    )  # what stands behind -- is the engine's
+    app.command(function.__name__.rstrip("_"), context_settings=passing)(run)
     return function
 
 
@@ -151,16 +167,30 @@ def _note(text: str) -> None:
 @_verb
 def inspect(
     source: Source,
+    gpu: GpuOption = None,
+    count: CountOption = None,
+    max_model_len: ContextOption = None,
+    kv_cache_dtype: KvDtype = "auto",
+    gpu_memory_utilization: Utilization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what a checkpoint holds, and what pruning would leave of it."""
+    """Show what a checkpoint holds, what pruning would leave of it and, with --gpu, whether that fits."""
+    from reapkit.capacity import Demand
     from reapkit.inventory import inspect
 
+    if gpu is None and (count, max_model_len, gpu_memory_utilization, kv_cache_dtype) != (None, None, None, "auto"):
+        raise UsageError(
+            "what fits depends on the card", hint="give --gpu too, for example --gpu h100; see reapkit list gpus"
+        )
+    demand = Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization)
     inventory = inspect(source, revision=revision, trust_remote_code=trust_remote_code)
+    if gpu is not None:
+        _print_capacities(inventory, gpu, 1 if count is None else count, demand, as_json=as_json, quiet=quiet)
+        return
     if as_json:
         _print_json(inventory.to_json())
         return
@@ -277,6 +307,12 @@ def plan(
     criterion: CriterionOption = "reap",
     ratio: Ratio = None,
     keep: Keep = None,
+    divisible_by: Annotated[
+        int,
+        typer.Option(
+            "--divisible-by", metavar="N", help="round the number that stays up to a multiple: cards that share experts"
+        ),
+    ] = 1,
     seed: Seed = 0,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -285,9 +321,14 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
-    from reapkit.plans import choose
+    from reapkit.plans import choose, num_kept
 
-    choice = choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision)
+    choice = choose(
+        source, criterion=criterion, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed, revision=revision
+    )
+    asked, kept = num_kept(choice.plan.num_experts, ratio=ratio, keep=keep), choice.plan.num_kept
+    if kept > asked and divisible_by > 1 and not quiet:
+        _note(f"keeping {kept} of {choice.plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
     if not dry_run:
         choice.plan.save(output)
     if as_json:
@@ -472,8 +513,180 @@ def compare(
 
 
 @_verb
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a checkpoint's folder, or a hub id like ORG/NAME")],
+    engine: Annotated[str, typer.Option(metavar="E", help="vllm, sglang or transformers")] = "vllm",
+    gpu: GpuOption = None,
+    count: CountOption = None,
+    max_model_len: ContextOption = None,
+    max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="sequences at once")] = None,
+    kv_cache_dtype: KvDtype = "auto",
+    gpu_memory_utilization: Utilization = None,
+    trust_remote_code: TrustRemoteCode = False,
+    start: Annotated[bool, typer.Option("--run", help="start the server and keep it until Ctrl-C or its end")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="ask a running server everything; with --run, ask and end it; exit code 3 if it fails"
+        ),
+    ] = False,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="of the running server to check")] = None,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference/--no-reference", help="with --check: compare greedy tokens with our own forward"),
+    ] = True,
+    program: Annotated[
+        str | None,
+        typer.Option("--program", "--vllm", metavar="PATH", help="the engine: executable, environment or its Python"),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="H", help="address to listen on; with --run 127.0.0.1 by default")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="P", help="with --run 8000 by default; 0 takes a free one")
+    ] = None,
+    log: Annotated[Path, typer.Option(metavar="FILE", help="for all that the server prints")] = Path(
+        "reapkit-serve.log"
+    ),
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds that the start may take")] = 3600.0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: Revision = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print the command that serves a checkpoint, and with --run start it; words behind -- go to the engine."""
+    from reapkit import servers, serving
+    from reapkit.capacity import Demand
+
+    if url is not None and (start or not check):
+        raise UsageError(
+            "--url names a running server, which only --check alone asks", hint="leave out --run, or give --check"
+        )
+    if check and not start:
+        address = url or f"http://{host or servers.LOOPBACK}:{port or servers.PORT}"
+        source = model if reference else None
+        _check(address, source, device, dtype, trust_remote_code, as_json=as_json, quiet=quiet, described={})
+        return
+    deployment = serving.serve(
+        model,
+        engine=engine,
+        gpu=gpu,
+        count=count,
+        trust_remote_code=trust_remote_code,
+        demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
+        max_num_seqs=max_num_seqs,
+        extra=context.args,
+        revision=revision,
+    )
+    listening = servers.listening(host, port)
+    fits = deployment.capacity is None or deployment.capacity.max_context > 0
+    if start and fits:
+        words = servers.find_program(engine, program)
+        listening = replace(listening, port=servers.free_port(listening.host, listening.port))
+        deployment = serving.listening_on(
+            serving.with_program(deployment, words), listening.host, listening.port, by_default=not listening.asked
+        )
+    elif listening.asked:
+        deployment = serving.listening_on(deployment, listening.host, listening.port)
+    # With --json there is one object on standard output, which a start completes.
+    if not (start and fits and as_json and not dry_run):
+        _print_deployment(deployment, as_json=as_json, quiet=quiet)
+    if not fits:
+        raise typer.Exit(EXIT_ANSWERED_NO)
+    if not start or dry_run:
+        return
+    address = listening.address
+
+    def announce(text: str) -> None:
+        if not quiet:
+            _note(_escape(text))
+
+    with servers.running(deployment.command, address=address, log=log) as server:
+        announce(f"started {engine}, process {server.process.pid}; its output is in {log}")
+        server.wait_until_healthy(within_s=timeout, announce=announce)
+        announce(f"answers at {address}/v1 after {server.seconds:.0f} s")
+        if check:
+            source = model if reference else None
+            described = deployment.to_json() | {"address": address, "start_seconds": round(server.seconds, 1)}
+            _check(address, source, device, dtype, trust_remote_code, as_json=as_json, quiet=quiet, described=described)
+            return
+        if as_json:
+            _print_json(deployment.to_json() | {"address": address, "start_seconds": round(server.seconds, 1)})
+            sys.stdout.flush()
+        announce("Ctrl-C ends it")
+        server.wait()
+
+
+def _print_deployment(deployment: Deployment, *, as_json: bool, quiet: bool) -> None:
+    """The command on standard output, so that a shell can take it; why it is so, and what could go wrong, on standard error."""
+    import shlex
+
+    if as_json:
+        _print_json(deployment.to_json())
+        return
+    sys.stdout.write(shlex.join(deployment.command) + "\n")
+    if quiet:
+        return
+    for flag in deployment.flags:
+        _note(f"[bold]{_escape(shlex.join(flag.words))}[/]: {_escape(flag.reason)}")
+    if (held := deployment.capacity) is not None:
+        _note(
+            f"[bold]memory[/] of each of {held.parallel.gpus} x {held.gpu.title}: {_size(held.usable)} to take, {_size(held.weights)} "
+            f"weights ({held.num_experts} experts), {_size(held.overhead)} allowed for running, {_size(held.cache)} left for the cache"
+        )
+        _note(
+            f"[bold]cache[/]: {_size(held.per_token)} a token, {_size(held.per_sequence)} a sequence of {held.context:,} tokens, of which "
+            f"{held.max_num_seqs} fit; the longest single one has {held.max_context:,} tokens"
+        )
+        if not held.fits:
+            _note(
+                f"[bold red]does not fit[/]: {_size(held.missing)} a card are missing for one sequence of {held.context:,} tokens"
+            )
+    for step in deployment.next_steps:
+        _note(f"[bold]next step[/]: {_escape(step)}")
+    for warning in deployment.warnings:
+        _note(f"[bold]note:[/] {_escape(warning)}")
+
+
+def _check(
+    address: str,
+    source: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    *,
+    as_json: bool,
+    quiet: bool,
+    described: dict[str, Any],
+) -> None:
+    """Ask a server everything, print the answers, and exit with 3 where one is no."""
+    from reapkit import probes
+
+    with _progress(quiet) as progress:
+        answers = probes.check(address, source, run=_run(device, dtype, None, trust_remote_code), progress=progress)
+    no = probes.failed(answers)
+    if as_json:
+        _print_json(described | {"ok": not no, "checks": [answer.to_json() for answer in answers]})
+    elif not quiet:
+        _print_answers(answers)
+    if no:
+        raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+def _print_answers(answers: Sequence[Probe]) -> None:
+    table = _table("check", "answer", "seconds", "detail", numbers=False)
+    for answer in answers:
+        table.add_row(answer.name, answer.verdict, f"{answer.seconds:.1f}", _escape(answer.detail))
+    out.print(table)
+
+
+@_verb
 def list_(
-    what: Annotated[str, typer.Argument(metavar="architectures|criteria", help="what to list")],
+    what: Annotated[str, typer.Argument(metavar="architectures|criteria|gpus", help="what to list")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -499,6 +712,7 @@ def list_(
 
 
 def _listings() -> dict[str, list[dict[str, Any]]]:
+    from reapkit import gpus
     from reapkit.architectures import ARCHITECTURES, described
     from reapkit.criteria import CRITERIA, RANDOM
 
@@ -509,7 +723,7 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
         {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
     )
     architectures = [described(entry) for entry in ARCHITECTURES]
-    return {"architectures": architectures, "criteria": criteria}
+    return {"architectures": architectures, "criteria": criteria, "gpus": [gpus.described(gpu) for gpu in gpus.GPUS]}
 
 
 def _version(value: bool) -> None:
@@ -536,6 +750,46 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(
         _STEERING.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text) + "\n"
     )
+
+
+def _print_capacities(
+    inventory: Inventory, gpu: str, count: int, demand: Demand, *, as_json: bool, quiet: bool
+) -> None:
+    """What fits on some cards, with the shares of the experts removed that `inspect` also counts."""
+    from reapkit import capacity, gpus
+    from reapkit.inventory import RATIOS
+
+    card = gpus.find(gpu)
+    rows = list(capacity.over_ratios(inventory, card, count, ("0", *RATIOS), demand))
+    steps = capacity.next_steps(inventory, card, count, demand)
+    if as_json:
+        described = [{"ratio": ratio, **held.to_json()} for ratio, held in rows]
+        _print_json(inventory.to_json() | {"capacity": described, "next_steps": steps})
+        return
+    if quiet:
+        return
+    first = rows[0][1]
+    out.print(
+        f"[bold]{_escape(inventory.origin)}[/] on {count} x {card.title}, {_size(first.usable)} to take of each, by {_spread(first)}; "
+        f"sequences of {first.context:,} tokens, {_size(first.per_token)} of cache a token",
+        highlight=False,
+        soft_wrap=True,
+    )  # fmt: skip
+    table = _table("removed", "experts", "weights", "running", "left for cache", "a sequence", "sequences", "longest")
+    for ratio, held in rows:
+        table.add_row(
+            _percent(float(ratio)), str(held.num_experts), _size(held.weights), _size(held.overhead), _size(held.cache),
+            _size(held.per_sequence), str(held.max_num_seqs), f"{held.max_context:,}" if held.max_context else "does not fit",
+        )  # fmt: skip
+    out.print(table)
+    for step in steps:
+        _note(f"[bold]next step[/] with all experts: {_escape(step)}")
+
+
+def _spread(held: Capacity) -> str:
+    parts = [f"tensor parallelism over {held.parallel.tensor}"] if held.parallel.tensor > 1 else []
+    parts += [f"{held.parallel.pipeline} pipeline stages"] if held.parallel.pipeline > 1 else []
+    return " and ".join(parts + (["whole experts"] if held.parallel.experts else [])) or "itself"
 
 
 def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | None = None) -> None:
@@ -685,6 +939,8 @@ def _percent(share: float) -> str:
 
 def _size(count: float) -> str:
     """Decimal bytes, as disks and the hub count them."""
+    if count < 0:
+        return f"-{_size(-count)}"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

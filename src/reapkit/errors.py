@@ -61,6 +61,10 @@ class ResourceError(ReapkitError):
     """The machine has too little memory for what was asked."""
 
 
+class ServerError(ReapkitError):
+    """A server that did not start, ended, or answers otherwise than it should."""
+
+
 class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 

@@ -170,6 +170,47 @@ def compare(
     )
 
 
+def greedy_gaps(
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    run: Run | None = None,
+    progress: Progress = silent,
+) -> list[list[float]]:
+    """By how many nats each token of a continuation is less likely than the model's own choice there; 0 where it is that choice.
+
+    One streamed pass over prompts and continuations, so that each token is judged given the tokens that were before it.
+
+    Args:
+        checkpoint: the model.
+        pairs: a prompt's token ids and those of a continuation, neither empty.
+        run: device, dtype and memory.
+        progress: told how far it is.
+    """
+    run = run or Run()
+    device, dtype = run.resolve()
+    layout = layouts.resolve(checkpoint, ARCHITECTURES)
+    model = StreamedModel(checkpoint, layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code)
+    inputs = [np.asarray([[*prompt, *continuation]], dtype=np.int64) for prompt, continuation in pairs]
+    total, done = len(inputs) * len(model.layers), 0
+
+    def after_batch(layer: int, number: int) -> None:
+        nonlocal done
+        done += 1
+        progress("reference", done, total, "documents x layers")
+
+    result = []
+    with SuspendedForwards(model, inputs) as forwards:
+        forwards.run_layers(after_batch)
+        for (prompt, continuation), logits_BTV in zip(pairs, forwards.logits(), strict=True):
+            first = len(prompt) - 1  # whose logits predict the first token of the continuation
+            logp_NV = torch.log_softmax(logits_BTV[0, first : first + len(continuation)].float(), -1)
+            chosen_N = torch.tensor(continuation, device=logp_NV.device)
+            gap_N = logp_NV.max(-1).values - logp_NV.gather(1, chosen_N[:, None])[:, 0]
+            result.append([float(gap) for gap in gap_N])
+    return result
+
+
 def _measure(
     models: Sequence[StreamedModel], text: CalibrationData, *, budget: int | None, progress: Progress
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from reapkit import dialects
+from reapkit import geometry as geometries
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import (
     CONFIG_NAME,
@@ -28,6 +30,7 @@ from reapkit.checkpoint import (
     text_section,
 )
 from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.geometry import Geometry
 from reapkit.layout import Architecture, MoELayout, find, resolve
 from reapkit.plans import num_kept
 from reapkit.quantization import ASSUMED_BITS, HINT, Format, quantization_table, read_format
@@ -93,6 +96,9 @@ class Inventory:
         tensors: of the index, scales included.
         estimated: whether the shards are missing, so that shapes and dtypes follow from config.json and the index.
         shrunk: what removing some shares of the experts would leave.
+        block: rows and columns that share a scale in every quantised weight, None where that is not said for all of them.
+        geometry: what an engine holds besides weights; None where config.json lacks a size.
+        tool_parser, reasoning_parser: vLLM's names of the parsers for what the family writes, by its chat template; None for none.
         notes: sentences on what is not as usual.
     """
 
@@ -115,6 +121,10 @@ class Inventory:
     tensors: int
     estimated: bool
     shrunk: tuple[Shrunk, ...]
+    block: tuple[int, int] | None = None
+    geometry: Geometry | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -229,10 +239,12 @@ def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
             size = tally.kept_nbytes(kept) * total // shape_bytes
             shrunk.append(Shrunk(ratio, kept, tally.kept_parameters(kept), size, tally.active_parameters(kept)))
     context = section.get("max_position_embeddings")
+    model_type = str(checkpoint.config["model_type"])
+    dialect = dialects.find(model_type, _chat_template(checkpoint.path))
     return Inventory(
         origin=checkpoint.origin,
         architecture=layout.architecture.name,
-        model_type=str(checkpoint.config["model_type"]),
+        model_type=model_type,
         num_layers=layout.num_layers,
         moe_layers=len(layout.layer_indices),
         num_experts=layout.num_experts,
@@ -249,8 +261,21 @@ def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
         tensors=len(checkpoint.tensors),
         estimated=known.estimated,
         shrunk=tuple(shrunk),
+        block=form.block,
+        geometry=geometries.read(checkpoint.config, layout.num_layers),
+        tool_parser=dialect.tools if dialect else None,
+        reasoning_parser=dialect.reasoning if dialect else None,
         notes=tuple(notes),
     )
+
+
+def _chat_template(path: Path) -> str | None:
+    """The text of the chat template, of its own file or in the tokenizer's configuration; None where there is none."""
+    if (file := path / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    # Whatever is wrong with it is the tokenizer's matter: this only looks for words.
+    file = path / "tokenizer_config.json"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _tally(checkpoint: Checkpoint, layout: MoELayout, form: Format) -> _Tally:

@@ -253,14 +253,20 @@ class PruningPlan:
 
 
 def num_kept(
-    num_experts: int, *, ratio: str | float | None = None, keep: int | None = None, num_groups: int = 1
+    num_experts: int,
+    *,
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    num_groups: int = 1,
+    divisible_by: int = 1,
 ) -> int:
     """Experts that stay per layer: `keep`, or E - floor(E x ratio) with the ratio read as a decimal, so that 100 x 0.29 is 29.
 
-    With router groups, rounded up to a multiple of the groups.
+    Rounded up to a multiple of the router's groups, and of `divisible_by`, the cards that will share whole experts.
 
     Raises:
         UsageError: neither or both given, or a value out of range.
+        PlanError: no multiple lies between that and all experts.
     """
     if (ratio is None) == (keep is None):
         raise UsageError("give either --ratio or --keep", hint="for example --ratio 0.25")
@@ -274,7 +280,19 @@ def num_kept(
         keep = num_experts - math.floor(num_experts * decimal)
     if not 1 <= keep <= num_experts:
         raise UsageError(f"--keep {keep} is not between 1 and the {num_experts} experts of a layer")
-    return min(num_experts, math.ceil(keep / num_groups) * num_groups)
+    if divisible_by < 1:
+        raise UsageError(f"--divisible-by {divisible_by} is no number of cards", hint="--divisible-by 1 or more")
+    step = math.lcm(num_groups, divisible_by)
+    rounded = math.ceil(keep / step) * step
+    if rounded > num_experts and divisible_by > 1:
+        groups = f" and by the router's {num_groups} groups" if num_groups > 1 else ""
+        raise PlanError(
+            f"no number of experts from {keep} to {num_experts} divides by {divisible_by}{groups}",
+            hint=f"the next below is {num_experts // step * step}: --keep {num_experts // step * step}"
+            if num_experts >= step
+            else None,
+        )
+    return min(num_experts, rounded)
 
 
 def require_target(layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None) -> int:
@@ -353,6 +371,7 @@ def choose(
     criterion: str = "reap",
     ratio: str | float | None = None,
     keep: int | None = None,
+    divisible_by: int = 1,
     seed: int = 0,
     revision: str | None = None,
 ) -> Choice:
@@ -363,12 +382,13 @@ def choose(
         criterion: a name in `criteria.CRITERIA`, or `random`.
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
+        divisible_by: round what stays up to a multiple of this, the number of cards that will share whole experts.
         seed: of the criterion `random`.
         revision: of a hub id.
 
     Raises:
         UsageError: an unknown criterion, neither or both of ratio and keep.
-        PlanError: fewer experts would stay than each token is routed to.
+        PlanError: fewer experts would stay than each token is routed to, or no multiple is small enough.
     """
     criteria.check(criterion)
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
@@ -379,21 +399,20 @@ def choose(
             )
         checkpoint = Checkpoint.open(source, revision=revision)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
-        return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, seed=seed)
+        return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
     if criterion == criteria.RANDOM:
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
     else:
         scores = criteria.score(statistics.layers, criterion)
+    count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups, divisible_by=divisible_by)
     chosen = PruningPlan(
         source=statistics.source,
         criterion=criterion,
         num_experts=num_experts,
         top_k=statistics.top_k,
-        kept=select(
-            scores, keep=num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups), num_groups=num_groups
-        ),
+        kept=select(scores, keep=count, num_groups=num_groups),
         calibration=tuple(record.digest for record in statistics.calibration),
         seed=seed if criterion == criteria.RANDOM else None,
     )
@@ -406,11 +425,14 @@ def plan(
     criterion: str = "reap",
     ratio: str | float | None = None,
     keep: int | None = None,
+    divisible_by: int = 1,
     seed: int = 0,
     revision: str | None = None,
 ) -> PruningPlan:
     """The plan of `choose`, which also gives the scores behind it."""
-    return choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision).plan
+    return choose(
+        source, criterion=criterion, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed, revision=revision
+    ).plan
 
 
 def choose_for_checkpoint(
@@ -419,11 +441,14 @@ def choose_for_checkpoint(
     *,
     ratio: str | float | None = None,
     keep: int | None = None,
+    divisible_by: int = 1,
     seed: int = 0,
 ) -> Choice:
     """Choose by the criterion `random`, which needs a checkpoint alone."""
     scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
-    count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    count = num_kept(
+        layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups, divisible_by=divisible_by
+    )
     chosen = PruningPlan(
         source=Identity.of(checkpoint, layout),
         criterion=criteria.RANDOM,
