@@ -6,6 +6,8 @@
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
 # make torture      kill compress 200 times at random moments (make test: 20 times); 100,000 strangers' files through every reader
+# make site         the documentation as a site in out/site, and every link in it checked
+# make screenshots  the pictures of m2-nano's report in docs/pictures, taken in a headless Chromium
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check quantize-check docs torture bench clean
+.PHONY: demo test lint serve-check quantize-check docs site screenshots torture bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +48,17 @@ docs: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest -n 2 tests/test_families.py --junitxml=out/families.xml
 	$(BIN)/python tests/architectures_page.py out/families.xml
+
+screenshots: $(INSTALLED)
+	rm -rf out/screenshots
+	$(BIN)/reapkit compress models/m2-nano --data models/m2-nano/data/calibration.jsonl --ratio 0.25 -o out/screenshots
+	$(BIN)/reapkit compare models/m2-nano out/screenshots --data models/m2-nano/data/heldout.jsonl --json > out/fidelity.json
+	mv out/fidelity.json out/screenshots/reapkit/fidelity.json
+	$(BIN)/reapkit report out/screenshots -o out/report.html
+	PYTHONPATH=tests $(BIN)/python tests/screenshots.py docs/pictures out/report.html
+
+site: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --quiet
 
 torture: $(INSTALLED)
 	REAPKIT_KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py

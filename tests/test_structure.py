@@ -33,8 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "observation",
         "fidelity",
     ),
-    ("edits", "shards", "verification"),
-    ("compression", "cli"),
+    ("cards", "edits", "shards", "verification"),
+    ("compression", "reporting", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}
