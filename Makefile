@@ -11,6 +11,8 @@
 # make fuzz         100,000 strangers' files through every reader (20,000 through those that load tokenizers); counts as above
 # make soak         compress for 30 minutes with kills, memory and open files flat (SOAK_MINUTES); counts as above
 # make budget       peak memory of observing at two activation budgets, which must follow them within 10 %
+# make site         the documentation as a site in out/site, and every link in it checked
+# make screenshots  the pictures of m2-nano's report in docs/pictures, taken in a headless Chromium
 # make clean        remove what the above left
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test lint serve-check quantize-check docs torture fuzz soak budget bench clean
+.PHONY: demo test lint serve-check quantize-check docs site screenshots torture fuzz soak budget bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +55,17 @@ docs: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest -n 2 tests/test_families.py --junitxml=out/families.xml
 	$(BIN)/python tests/architectures_page.py out/families.xml
+
+screenshots: $(INSTALLED)
+	rm -rf out/screenshots
+	$(BIN)/reapkit compress models/m2-nano --data models/m2-nano/data/calibration.jsonl --ratio 0.25 -o out/screenshots
+	$(BIN)/reapkit compare models/m2-nano out/screenshots --data models/m2-nano/data/heldout.jsonl --json > out/fidelity.json
+	mv out/fidelity.json out/screenshots/reapkit/fidelity.json
+	$(BIN)/reapkit report out/screenshots -o out/report.html
+	PYTHONPATH=tests $(BIN)/python tests/screenshots.py docs/pictures out/report.html
+
+site: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --quiet
 
 torture: $(INSTALLED)
 	rm -rf out/torture/kills-* out/torture/disk-*

@@ -7,6 +7,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from families import FAMILIES
 from reapkit.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:console|sh|bash)?\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
 
 
@@ -47,7 +50,14 @@ def test_every_documented_command_is_understood(page: Path) -> None:
                 assert word.partition("=")[0] in known, words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Their commands are those of the pages in English, as another test holds.
+TRANSLATED = {
+    ROOT / "README.zh-CN.md": ROOT / "README.md",
+    ROOT / "docs/quick-start.zh-CN.md": ROOT / "docs/quick-start.md",
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in TRANSLATED], ids=lambda page: page.name)
 def test_every_documented_command_on_the_bundled_model_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +79,52 @@ def test_the_python_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "pruned/reapkit.json").exists()
+
+
+@pytest.mark.parametrize(("chinese", "english"), TRANSLATED.items(), ids=lambda page: page.name)
+def test_a_translation_has_the_commands_numbers_and_links_of_the_page_in_english(chinese: Path, english: Path) -> None:
+    def code(page: Path) -> list[str]:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        return [line.partition(" # ")[0].rstrip() for block in blocks for line in block.splitlines()]
+
+    def numbers(page: Path) -> Counter[str]:
+        return Counter(re.findall(r"\d+(?:[.,]\d+)*", page.read_text(encoding="utf-8")))
+
+    def words(page: Path) -> Counter[str]:
+        return Counter(
+            re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S))
+        )
+
+    def links(page: Path) -> Counter[str]:
+        found = Counter(re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
+        return Counter({link: count for link, count in found.items() if link not in ("README.md", "README.zh-CN.md")})
+
+    assert code(chinese) == code(english) and code(english)
+    assert numbers(chinese) == numbers(english)
+    assert words(chinese) == words(english)
+    assert links(chinese) == links(english)
+
+
+def test_the_site_is_built_with_every_link_leading_somewhere(tmp_path: Path) -> None:
+    """mkdocs in its strict mode: an unknown page, link, anchor or Python name is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for page in ("index.html", "quick-start/index.html", "README.zh-CN/index.html", "models/m2-nano/index.html"):
+        assert (tmp_path / "site" / page).is_file(), page
+    api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    for name in ("compress", "report", "PruningPlan", "LayerStatistics"):
+        assert re.search(rf'id="reapkit\.\w+\.{name}"', api), name
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(
+            r"""<(?:script|img|link)\b[^>]*\b(?:src|href)="(https?:)?//""", page.read_text(encoding="utf-8")
+        )
+        assert not loaded, page
+
+
+def test_the_screenshots_are_small() -> None:
+    pictures = list((ROOT / "docs/pictures").glob("*.webp"))
+    assert len(pictures) == 2 and sum(picture.stat().st_size for picture in pictures) < 300_000
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -16,6 +16,7 @@ def test_a_wheel_builds_and_runs_without_the_repository(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "reapkit/py.typed" in names and "reapkit/cli.py" in names
+    assert {f"reapkit/templates/report.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert all(name.startswith(("reapkit/", "reapkit-")) for name in names)
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]

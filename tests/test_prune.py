@@ -165,7 +165,7 @@ def test_sidecars_are_carried_byte_for_byte_and_nothing_else_is(
     found = contents(out)
     for file, content in tiny.SIDECARS.items():
         assert found.pop(file) == content
-    own = {"config.json", "model.safetensors.index.json", "reapkit.json", "reapkit/plan.json"}
+    own = {"README.md", "config.json", "model.safetensors.index.json", "reapkit.json", "reapkit/plan.json"}
     assert {file for file in found if not file.startswith("model-")} == own
 
 
@@ -639,7 +639,7 @@ def test_a_run_killed_anywhere_never_looks_finished_and_goes_on_to_the_same_byte
     plan_for: PlanFor, m2: Path, pruned: dict[str, Path], tmp_path: Path, kill_at: Callable[[int], None]
 ) -> None:
     expected = contents(pruned["m2"])
-    for limit in (1, 2, 3, 10, 18, 19, 20, 22, 26, 27, 28):
+    for limit in (1, 2, 3, 10, 18, 19, 20, 22, 26, 27, 28, 29):
         out = tmp_path / f"killed-at-{limit}"
         kill_at(limit)
         with pytest.raises(Killed):
@@ -649,7 +649,7 @@ def test_a_run_killed_anywhere_never_looks_finished_and_goes_on_to_the_same_byte
         kill_at(-1)
         shards.write(*plan_for(m2, KEEP), out)
         assert contents(out) == expected
-    assert len(expected) + 1 == 28, (
+    assert len(expected) + 1 == 29, (
         "every file and the marker were renamed into place once; the last kill hit the last file"
     )
 
@@ -739,7 +739,7 @@ def test_a_finished_output_is_not_overwritten(plan_for: PlanFor, m2: Path, prune
     before = contents(pruned["m2"])
     shards.write(*plan_for(m2, KEEP), pruned["m2"])  # the same command again
     checkpoint, layout, other = open_with_plan(m2, KEEP, seed=6)
-    with pytest.raises(OutputError, match="is not empty: it holds LICENSE and 25 more"):
+    with pytest.raises(OutputError, match="is not empty: it holds LICENSE and 26 more"):
         shards.write(checkpoint, layout, other, pruned["m2"])
     assert contents(pruned["m2"]) == before
 

@@ -34,8 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "observation",
         "fidelity",
     ),
-    ("edits", "shards", "verification"),
-    ("compression", "serving", "servers", "probes", "cli"),
+    ("serving", "cards", "edits", "shards", "verification"),
+    ("compression", "servers", "probes", "reporting", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reapkit.inventory import Inventory, inspect
     from reapkit.observation import Run, observe
     from reapkit.plans import PruningPlan, choose, plan
+    from reapkit.reporting import report
     from reapkit.serving import Deployment, serve
     from reapkit.statistics import Statistics, combine
     from reapkit.verification import Verification, verify
@@ -32,12 +33,13 @@ _HOMES = {
     "Run": "observation", "observe": "observation",
     "PruningPlan": "plans", "choose": "plans", "plan": "plans",
     "Deployment": "serving", "serve": "serving",
+    "report": "reporting",
     "Statistics": "statistics", "combine": "statistics",
     "Verification": "verification", "verify": "verification",
 }  # fmt: skip
 __all__ = [
     "Compression", "Deployment", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "serve", "verify",
+    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "report", "serve", "verify",
 ]  # fmt: skip
 
 

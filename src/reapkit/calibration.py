@@ -138,7 +138,7 @@ class DataSource:
             split, rest = match[1].strip(), rest[: match.start()]
         if match := re.search(r"\[([^\[\]]*)\]$", rest):
             subset, rest = match[1].strip(), rest[: match.start()]
-        stray = re.search(r"[\[\]()]", rest) and not _looks_like_path(rest)
+        stray = re.search(r"[\[\]()]", rest) and not looks_like_path(rest)
         if not rest or "" in (split, subset) or stray:
             raise UsageError(
                 f"{text!r} is no data source", hint=f"write {GRAMMAR}, as in code=org/name[math](train):99"
@@ -345,7 +345,8 @@ class _Row:
     folder: Path = Path()
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a source is a file's name, which is never looked up on the hub."""
     return (
         name.startswith((".", "/", "~"))
         or "\\" in name
@@ -383,7 +384,7 @@ def _read(source: DataSource, seed: int) -> tuple[int, list[_Row], str]:
             raise UsageError(f"{source.name} is a file: it has no subset or split", hint=f"--data {source.name}")
         num_rows, rows = _draw(_read_file(path), source.samples, seed)
         return num_rows, [dataclasses.replace(row, folder=path.parent) for row in rows], _stem(path)
-    if _looks_like_path(source.name):
+    if looks_like_path(source.name):
         raise DataError(f"there is no file {source.name}", hint="a hub data set is written ORG/NAME")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
         raise DataError(

@@ -685,6 +685,30 @@ def _print_answers(answers: Sequence[Probe]) -> None:
 
 
 @_verb
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="folder that reapkit wrote")],
+    page: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="page to write: FILE.html")],
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="STATS", help="statistics behind the plan; those in OUT by default")
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="also bring results into OUT's model card")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a page that shows what was compressed and how well it held; it needs no network."""
+    from reapkit.outputs import require_target
+    from reapkit.reporting import report
+
+    require_target(page)
+    written = report(output, page, statistics=statistics, card=card)
+    if as_json:
+        _print_json({"report": str(written), "bytes": written.stat().st_size})
+    elif not quiet:
+        _note(f"wrote {_escape(str(written))}: {_size(written.stat().st_size)}")
+
+
+@_verb
 def list_(
     what: Annotated[str, typer.Argument(metavar="architectures|criteria|gpus", help="what to list")],
     as_json: Json = False,

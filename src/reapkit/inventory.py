@@ -160,6 +160,11 @@ def inspect(
     return _take_stock(known, ratios)
 
 
+def count(checkpoint: Checkpoint, *, ratios: Sequence[str] = ()) -> Inventory:
+    """The same of a checkpoint that is open, or of one that is described and not yet written."""
+    return _take_stock(_Known(checkpoint), ratios)
+
+
 @dataclass(frozen=True)
 class _Known:
     """A checkpoint, or one imagined; then with the bytes that its index gives, and what is to be said about it."""

@@ -22,7 +22,8 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from reapkit import edits
+from reapkit import cards, edits
+from reapkit.cards import CARD_NAME, Subject
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
 from reapkit.edits import Copy, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
@@ -34,6 +35,7 @@ from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
 from reapkit.tensors import (
     MAX_NUMBER,
+    TensorInfo,
     as_count,
     as_flag,
     as_list,
@@ -246,6 +248,14 @@ def write(
         _require_space(checkpoint, out, manifest.after.bytes - written)
         return manifest
     command = _identity(checkpoint, manifest)
+    tensors = {
+        tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.shape, file, 0, tensor.nbytes)
+        for file, held in shards.items()
+        for tensor in held
+    }
+    described = replace(checkpoint, config=config, tensors=tensors)
+    known = manifest.after.parameters is not None
+    files[CARD_NAME] = cards.compose(Subject(checkpoint, layout, plan, described, known, dequantize, base_model))
     with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *copied, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)
         for name, content in files.items():

@@ -19,6 +19,7 @@ import numpy as np
 
 from reapkit import edits
 from reapkit.architectures import ARCHITECTURES
+from reapkit.cards import CARD_NAME
 from reapkit.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -83,6 +84,9 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
     found = _Output(out)
     found.read_tables()
     found.check_counts(manifest)
+    # Its text is not compared: results are added to it, and people edit it.
+    if not (out / CARD_NAME).is_file():
+        found.problems.append(f"{CARD_NAME} is missing")
     expected: dict[str, _Expected] = {}
     sidecars: tuple[str, ...] = ()
     if original is not None:
