@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reapkit.inventory import Inventory, inspect
     from reapkit.observation import Run, observe
     from reapkit.plans import PruningPlan, choose, plan
+    from reapkit.publishing import push
     from reapkit.statistics import Statistics, combine
     from reapkit.verification import Verification, verify
 
@@ -30,12 +31,13 @@ _HOMES = {
     "Inventory": "inventory", "inspect": "inventory",
     "Run": "observation", "observe": "observation",
     "PruningPlan": "plans", "choose": "plans", "plan": "plans",
+    "push": "publishing",
     "Statistics": "statistics", "combine": "statistics",
     "Verification": "verification", "verify": "verification",
 }  # fmt: skip
 __all__ = [
     "Compression", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "verify",
+    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "push", "verify",
 ]  # fmt: skip
 
 

@@ -61,6 +61,10 @@ class ResourceError(ReapkitError):
     """The machine has too little memory for what was asked."""
 
 
+class HubError(ReapkitError):
+    """The hub, or what stands in front of it, does not give what was asked for."""
+
+
 class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 
