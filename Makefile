@@ -6,6 +6,7 @@
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make docs         run every family's checks and write docs/architectures.md from the results
+# make hub-check    prune MiniMax-M2's 96,103 tensors from a hub on loopback, and print the bytes that docs/hub.md shows
 # make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these
 #                   calls with every error of a disk; writes out/torture.json and the counts in docs/reliability.md
 # make fuzz         100,000 strangers' files through every reader (20,000 through those that load tokenizers); counts as above
@@ -22,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test lint serve-check quantize-check docs site screenshots torture fuzz soak budget bench clean
+.PHONY: demo test lint serve-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ quantize-check: $(INSTALLED)
 	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	.venv-quantize/bin/python -m pip install --quiet --disable-pip-version-check llmcompressor==0.14.0.1
 	REAPKIT_REQUIRE_QUANTIZE=1 $(BIN)/python -m pytest -m quantize tests/test_requantize.py
+
+hub-check: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m "giant or not giant" tests/test_hub.py
 
 docs: $(INSTALLED)
 	mkdir -p out

@@ -95,7 +95,7 @@ def any_checkpoint(request: pytest.FixtureRequest) -> Path:
 
 def without_shards(source: Path, folder: Path, *, index: bool = True) -> Path:
     """A copy of what describes a checkpoint, without a weight."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
     if index and (source / INDEX).exists():
         shutil.copy(source / INDEX, folder)
@@ -430,17 +430,16 @@ def test_layers_that_are_not_there_are_said(qwen3: Path, tmp_path: Path) -> None
     assert inspect(folder).notes == ("config.json says 5 layers, and tensors name 3 of them",)
 
 
-def test_of_a_hub_id_no_shard_is_downloaded(m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = without_shards(m2, tmp_path / "0123abcd")
-    asked: list[Any] = []
-
-    def download(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
-        asked.append((name, revision, "*.safetensors" in ignore_patterns))
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+def test_of_a_hub_id_that_is_in_the_cache_without_shards_the_rest_follows_from_its_tables(
+    m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--name"
+    without_shards(m2, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = inspect("org/name", revision="main")
-    assert asked == [("org/name", "main", True)]
     assert (found.origin, found.parameters, found.estimated) == ("org/name", inspect(m2).parameters, True)
 
 

@@ -16,7 +16,7 @@ SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
-    ("checkpoint", "quantization", "layout", "architectures", "geometry", "dialects"),
+    ("hub", "sources", "checkpoint", "quantization", "layout", "architectures", "geometry", "dialects"),
     ("statistics", "criteria", "plans"),
     (
         "calibration",
@@ -34,13 +34,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "observation",
         "fidelity",
     ),
-    ("serving", "cards", "edits", "shards", "verification"),
-    ("compression", "servers", "probes", "reporting", "cli"),
+    ("serving", "cards", "edits", "landing", "shards", "verification"),
+    ("compression", "publishing", "servers", "probes", "reporting", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}
-# Opening a hub id is the checkpoint's business; the library is imported only when one is given.
-LAZY_EXCEPTIONS = {("checkpoint", "huggingface_hub")}
+# The library is imported only when a hub id is given.
+LAZY_EXCEPTIONS = {("hub", "huggingface_hub")}
 PLACE = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem not in ("__init__", "__main__"))
 

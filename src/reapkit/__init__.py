@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reapkit.inventory import Inventory, inspect
     from reapkit.observation import Run, observe
     from reapkit.plans import PruningPlan, choose, plan
+    from reapkit.publishing import push
     from reapkit.reporting import report
     from reapkit.serving import Deployment, serve
     from reapkit.statistics import Statistics, combine
@@ -34,12 +35,13 @@ _HOMES = {
     "PruningPlan": "plans", "choose": "plans", "plan": "plans",
     "Deployment": "serving", "serve": "serving",
     "report": "reporting",
+    "push": "publishing",
     "Statistics": "statistics", "combine": "statistics",
     "Verification": "verification", "verify": "verification",
 }  # fmt: skip
 __all__ = [
     "Compression", "Deployment", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "report", "serve", "verify",
+    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "push", "report", "serve", "verify",
 ]  # fmt: skip
 
 

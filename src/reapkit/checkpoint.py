@@ -10,13 +10,17 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reapkit import hub
 from reapkit.errors import CheckpointError, UnsupportedError, UsageError
-from reapkit.tensors import MAX_JSON_BYTES, TensorInfo, brief, parse_json, read_header
+from reapkit.progress import Progress, silent
+from reapkit.sources import Disk, Folder, Remote, Source
+from reapkit.tensors import MAX_HEADER_BYTES, MAX_JSON_BYTES, TensorInfo, brief, parse_header, parse_json, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -50,17 +54,25 @@ _ATTACHMENT_SUFFIXES = {
 _FOREIGN_FOLDERS = {"original", "metal", "onnx", "reapkit"}
 
 
+# Descriptions of the quantisation that decide how weights are counted, wherever only tables are fetched.
+_QUANTIZATION_TABLES = ("hf_quant_config.json",)
+# The least that a header takes per tensor beside its name. A guess that is too short is made good by exactly what is missing, one
+# that is too long moves bytes in vain: MiniMax-M2's headers take 77, with shapes of one digit 64.
+_ENTRY_BYTES = 60
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors shards with its config.
+    """Safetensors shards with their config, in a folder or on the hub.
 
     Attributes:
-        path: the folder.
+        path: the folder; of a repository on the hub, the one in its cache where the small files lie.
         config: `config.json`, parsed and otherwise untouched.
         tensors: every tensor of the index by name, in the order of shards and of bytes within a shard.
         sidecars: other files that belong to the checkpoint (tokenizer, template, licence, remote code), relative to `path`.
         origin: how the user named it: a path or a hub id.
         revision: the hub's commit, when it is known.
+        remote: the repository that shards are read from which `path` lacks; None for a folder.
     """
 
     path: Path
@@ -69,24 +81,35 @@ class Checkpoint:
     sidecars: tuple[str, ...]
     origin: str
     revision: str | None = None
+    remote: Remote | None = None
 
     @classmethod
-    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
-        """Open a folder, or a hub id through huggingface_hub's cache (downloading what is missing).
+    def open(
+        cls, source: str | Path | Place, *, revision: str | None = None, progress: Progress = silent
+    ) -> Checkpoint:
+        """Open a folder, a snapshot in the hub's cache, or a repository on the hub, of which headers and small files are fetched.
+
+        Args:
+            source: a folder, a hub id, or what `locate` found.
+            revision: of a hub id.
+            progress: told how a repository's headers and fingerprints come.
 
         Raises:
             CheckpointError: something is missing, truncated or contradicts itself.
+            HubError: the hub does not give it.
         """
-        path, origin, revision = locate(source, revision=revision)
+        place = source if isinstance(source, Place) else locate(source, revision=revision, progress=progress)
+        path, origin, remote = place.path, place.origin, place.remote
         refuse_unfinished(path)
         config = read_config(path)
-        weight_map, index_file = read_index(path)
+        weight_map, index_file = read_index(path) if remote is None else _read_remote_index(remote)
         tensors: dict[str, TensorInfo] = {}
         names: dict[str, set[str]] = defaultdict(set)
         for name, file in weight_map.items():
             names[file].add(name)
-        for file, wanted in sorted(names.items()):
-            header, _ = read_header(shard_path(path, file), file=file)
+        headers = _local_headers(path, names) if remote is None else _remote_headers(remote, names)
+        for file, header in headers:
+            wanted = names[file]
             if absent := sorted(wanted - header.keys()):
                 raise CheckpointError(
                     f"{index_file} places {absent[0]!r} in {file}, which does not hold it ({len(absent)} such tensors)",
@@ -95,7 +118,12 @@ class Checkpoint:
             tensors.update((name, info) for name, info in header.items() if name in wanted)
         if not tensors:
             raise CheckpointError(f"{origin} holds no tensors")
-        return cls(path, config, tensors, _sidecars(path), origin, revision)
+        return cls(path, config, tensors, _sidecars(path), origin, place.revision, remote)
+
+    @property
+    def source(self) -> Source:
+        """Where the bytes of the shards come from."""
+        return self.remote or Folder(self.path)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -117,6 +145,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the shard has shrunk since it was opened.
+            HubError: the hub does not give them.
         """
         buffer = bytearray(info.nbytes)
         self.read_into(info, memoryview(buffer))
@@ -127,70 +156,172 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the shard has shrunk since it was opened.
+            HubError: the hub does not give them.
         """
-        try:
-            with (self.path / info.file).open("rb", buffering=0) as stream:
-                stream.seek(info.start)
-                filled = 0
-                while filled < info.nbytes:
-                    count = stream.readinto(view[filled:])
-                    if not count:
-                        raise CheckpointError(f"{info.file} ends inside {info.name!r}", hint="fetch the shard again")
-                    filled += count
-        except OSError as error:
-            raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
+        self.source.read_into(info.file, info.start, view, inside=info.name)
+
+    def expecting(
+        self, infos: Iterable[TensorInfo], *, disk: Disk | None = None, holding: bool = False
+    ) -> AbstractContextManager[None]:
+        """While this lasts, the tensors' bytes are read ahead in this order where they come through a network."""
+        ranges = ((info.file, info.start, info.stop) for info in infos)
+        return self.source.expecting(ranges, disk=disk, holding=holding)
+
+    def fingerprinting(self, parts: Iterable[tuple[Iterable[str], int | None]]) -> AbstractContextManager[None]:
+        """While this lasts, what `fingerprint` reads of the named tensors, up to a limit, comes together and is kept where it is little."""
+        ranges = [
+            (info.file, info.start, info.stop if limit is None else min(info.stop, info.start + limit))
+            for names, limit in parts
+            if (frozenset(names), limit) not in self._fingerprints
+            for info in map(self.tensors.__getitem__, sorted(names))
+        ]
+        return self.source.expecting(ranges, holding=True, task="fingerprints")
 
     def fingerprint(self, names: Iterable[str], *, limit: int | None = None) -> str:
         """SHA-256 over the bytes of the named tensors, or the first `limit` bytes of each, in the order of their names."""
+        named = frozenset(names)
+        if (named, limit) in self._fingerprints:
+            return self._fingerprints[named, limit]
         digest = hashlib.sha256()
-        for name in sorted(names):
+        for name in sorted(named):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype}\n".encode())
             stop = info.stop if limit is None else min(info.stop, info.start + limit)
             digest.update(self.read(replace(info, stop=stop)))
+        if self.remote is not None:  # a commit never changes
+            self._fingerprints[named, limit] = digest.hexdigest()
         return digest.hexdigest()
 
+    @cached_property
+    def _fingerprints(self) -> dict[tuple[frozenset[str], int | None], str]:
+        return {}
 
-def locate(source: str | Path, *, revision: str | None = None, weights: bool = True) -> tuple[Path, str, str | None]:
-    """The folder of a source, its origin and its revision; a hub id is taken from the cache or downloaded.
 
-    Without `weights` no shard is downloaded; those that the cache has are there all the same.
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies.
+
+    Attributes:
+        path: its folder; of a repository on the hub, the one in its cache that holds its small files.
+        origin: how the user named it, without a revision.
+        revision: the hub's commit, where known.
+        remote: the repository that the rest is read from.
     """
-    path = Path(source)
+
+    path: Path
+    origin: str
+    revision: str | None = None
+    remote: Remote | None = None
+
+
+def locate(
+    source: str | Path, *, revision: str | None = None, sidecars: bool = True, progress: Progress = silent
+) -> Place:
+    """Find a folder, or a repository on the hub, of which config, index and, with `sidecars`, the other small files are fetched.
+
+    Where no hub can be asked, what its cache holds has to do.
+
+    Raises:
+        UsageError: a revision of a folder.
+        CheckpointError: neither a folder nor a hub id.
+        HubError: the hub does not give it.
+    """
+    path, text = Path(source), str(source)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:
-        raise CheckpointError(f"{brief(str(source))} cannot be looked up: {error.strerror}") from None
+        raise CheckpointError(f"{brief(text)} cannot be looked up: {error.strerror}") from None
     if is_folder:
-        # A snapshot in the hub's cache is named by its commit.
         if revision is not None:
             raise UsageError(
                 f"{source} is a folder, which has no revision", hint="leave out --revision, or give a hub id"
             )
-        cached = path.resolve().parent.name == "snapshots"
-        return path, str(source), path.resolve().name if cached else None
+        # A snapshot in the hub's cache is named by its commit.
+        is_snapshot = path.resolve().parent.name == "snapshots"
+        return Place(path, text, path.resolve().name if is_snapshot else None)
     if is_there:
         raise CheckpointError(f"{source} is a file; a checkpoint is a folder with {CONFIG_NAME} and safetensors shards")
-    text = str(source)
     # What stands beside existing folders is a mistyped path, not a hub id.
     mistyped = path.parent != Path() and path.parent.is_dir()
-    if mistyped or text.count("/") != 1 or text.startswith((".", "/", "~")) or os.sep * 2 in text:
+    name, stated = hub.parse(text)
+    if mistyped or name.count("/") != 1 or name.startswith((".", "/", "~")) or os.sep * 2 in name:
         raise CheckpointError(
             f"there is no folder {text!r}", hint="give a checkpoint's folder or a hub id like ORG/NAME"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    unwanted = ["original/*", "metal/*", "*.bin", "*.pt", "*.gguf", *([] if weights else ["*.safetensors"])]
+    if stated is not None and revision not in (None, stated):
+        raise UsageError(f"{text} names one revision and --revision {revision} another", hint="leave out one of them")
+    revision = revision or stated
     try:
-        folder = snapshot_download(text, revision=revision, ignore_patterns=unwanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        repository = hub.find(name, revision=revision)
+    except hub.UnreachableError:
+        if (folder := hub.cached(name, revision=revision)) is None:
+            raise
+        return Place(folder, name, folder.name)
+    if CONFIG_NAME not in repository.files:
         raise CheckpointError(
-            f"{text!r} is neither a folder here nor to be had from the hub: {reason}",
-            hint="check the name, the network, and `hf auth login` for gated models",
-        ) from None
-    return Path(folder), text, Path(folder).name
+            f"{name} has no {CONFIG_NAME}", hint="a checkpoint has config.json and safetensors shards"
+        )
+    tables = {CONFIG_NAME, INDEX_NAME, *_QUANTIZATION_TABLES} & repository.files.keys()
+    others = set(filter(_is_sidecar, repository.files)) if sidecars else set()
+    folder = hub.snapshot(repository, sorted(tables | others))
+    return Place(folder, name, repository.revision, Remote(repository, folder, progress=progress))
+
+
+def _local_headers(path: Path, files: Iterable[str]) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    for file in sorted(files):
+        yield file, read_header(shard_path(path, file), file=file)[0]
+
+
+def _remote_headers(remote: Remote, names: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """The headers of a repository's shards, several at once; how long each will be at least follows from the names of its tensors."""
+    guesses = [
+        (file, 0, min(remote.size(file), 8 + sum(len(name) + _ENTRY_BYTES for name in names[file])))
+        for file in sorted(names)
+    ]
+    begun: dict[str, bytearray] = {}
+    with remote.expecting(guesses, task="headers"):
+        for file, _, guess in guesses:
+            begun[file] = bytearray(guess)
+            remote.read_into(file, 0, memoryview(begun[file]))
+    rest = []
+    for file, known in begun.items():
+        stop = min(8 + int.from_bytes(known[:8], "little"), MAX_HEADER_BYTES, remote.size(file))
+        rest.append((file, len(known), stop))
+    with remote.expecting(rest):
+        for file, known in begun.items():
+            header, _ = parse_header(_reader(remote, file, known), size=remote.size(file), file=file)
+            length = min((info.start for info in header.values()), default=remote.size(file))
+            remote.headers[file] = (length, hashlib.sha256(known[:length]))
+            yield file, header
+
+
+def _reader(remote: Remote, file: str, known: bytearray) -> Callable[[int, int], bytearray]:
+    """Bytes of a file whose beginning is known already."""
+
+    def read(start: int, stop: int) -> bytearray:
+        if stop > len(known):
+            more = bytearray(stop - len(known))
+            remote.read_into(file, len(known), memoryview(more))
+            known.extend(more)
+        return known[start:stop]
+
+    return read
+
+
+def _read_remote_index(remote: Remote) -> tuple[dict[str, str], str]:
+    """As `read_index`, of a repository."""
+    files = remote.repository.files
+    if INDEX_NAME in files:
+        weight_map, index_file = read_index(remote.path)
+        for file in set(weight_map.values()):
+            _refuse_outside(file)
+        return weight_map, index_file
+    if SINGLE_NAME in files:
+        header, _ = parse_header(
+            _reader(remote, SINGLE_NAME, bytearray()), size=remote.size(SINGLE_NAME), file=SINGLE_NAME
+        )
+        return dict.fromkeys(header, SINGLE_NAME), SINGLE_NAME
+    raise _without_weights(remote.repository.name, files)
 
 
 def refuse_unfinished(path: Path) -> None:
@@ -224,10 +355,14 @@ def read_index(path: Path) -> tuple[dict[str, str], str]:
     if (path / SINGLE_NAME).exists():
         header, _ = read_header(shard_path(path, SINGLE_NAME))
         return dict.fromkeys(header, SINGLE_NAME), SINGLE_NAME
+    raise _without_weights(str(path), (entry.name for entry in path.iterdir()))
+
+
+def _without_weights(where: str, names: Iterable[str]) -> CheckpointError:
     hint = "reapkit reads safetensors only"
-    if pickles := sorted(entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"}):
+    if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth"))):
         hint = f"{pickles[0]} is a pickle, which can run code when loaded: convert it to safetensors first"
-    raise CheckpointError(f"{path} has neither {INDEX_NAME} nor {SINGLE_NAME}", hint=hint)
+    return CheckpointError(f"{where} has neither {INDEX_NAME} nor {SINGLE_NAME}", hint=hint)
 
 
 def shard_path(path: Path, file: str) -> Path:
@@ -236,9 +371,7 @@ def shard_path(path: Path, file: str) -> Path:
     A link is followed only into the hub's cache (`blobs/` beside `snapshots/`): anything else could read files that are not part of
     the checkpoint.
     """
-    pure = PurePosixPath(file)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(f"{INDEX_NAME} names {file!r}, which is outside the checkpoint")
+    _refuse_outside(file)
     full = path / file
     try:
         if not full.exists():
@@ -250,6 +383,12 @@ def shard_path(path: Path, file: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"the shard {brief(file)} cannot be looked up: {error.strerror}") from None
     return full
+
+
+def _refuse_outside(file: str) -> None:
+    pure = PurePosixPath(file)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
+        raise CheckpointError(f"{INDEX_NAME} names {file!r}, which is outside the checkpoint")
 
 
 def is_inside(file: Path, folder: Path) -> bool:
@@ -349,6 +488,14 @@ def _is_own_or_weight(entry: Path, root: Path) -> bool:
     # The source's README describes the source; the output gets a card of its own.
     own = entry.parent == root and entry.name in {CONFIG_NAME, MANIFEST_NAME, UNFINISHED_NAME, "README.md"}
     return own or entry.suffix in _WEIGHT_SUFFIXES | _ATTACHMENT_SUFFIXES or entry.name.endswith(".index.json")
+
+
+def _is_sidecar(name: str) -> bool:
+    """Whether a file of a repository is one that `_walk_sidecars` would find in its folder."""
+    path = PurePosixPath(name)
+    folders = path.parts[:-1]
+    hidden = any(part.startswith(".") or part in {*_FOREIGN_FOLDERS, "__pycache__"} for part in folders)
+    return not hidden and not path.name.startswith(".") and not _is_own_or_weight(Path(name), Path())
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:

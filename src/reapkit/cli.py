@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from reapkit.plans import Choice, PruningPlan
     from reapkit.probes import Probe
     from reapkit.progress import Progress
+    from reapkit.publishing import Upload
     from reapkit.serving import Deployment
     from reapkit.shards import Manifest
     from reapkit.verification import Verification
@@ -88,6 +89,10 @@ Activations = Annotated[
     str | None,
     typer.Option(metavar="PLACE", help="where suspended activations are kept: device, host or disk; chosen by size and rates by default"),
 ]  # fmt: skip
+DiskBudget = Annotated[
+    str | None,
+    typer.Option(metavar="B", help="disk for layers on their way from the hub, like 40GB; by default what is useful"),
+]  # fmt: skip
 MaxLength = Annotated[
     int, typer.Option(metavar="N", min=2, help="tokens per document; longer samples are split into windows")
 ]
@@ -112,6 +117,7 @@ KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", metavar="D", help="of 
 Utilization = Annotated[
     float | None, typer.Option("--gpu-memory-utilization", metavar="S", help="share of a card's memory to take; 0.92 by default")
 ]  # fmt: skip
+Private = Annotated[bool, typer.Option("--private", help="make a new repository private")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
 ]
@@ -187,7 +193,8 @@ def inspect(
             "what fits depends on the card", hint="give --gpu too, for example --gpu h100; see reapkit list gpus"
         )
     demand = Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization)
-    inventory = inspect(source, revision=revision, trust_remote_code=trust_remote_code)
+    with _progress(quiet) as progress:
+        inventory = inspect(source, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     if gpu is not None:
         _print_capacities(inventory, gpu, 1 if count is None else count, demand, as_json=as_json, quiet=quiet)
         return
@@ -232,6 +239,7 @@ def observe(
     data: Data = ["reap-mix"],  # noqa: B006
     activation_budget: Budget = None,
     activations: Activations = None,
+    disk_budget: DiskBudget = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
@@ -244,16 +252,19 @@ def observe(
     verbose: Verbose = False,
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
+    from reapkit.checkpoint import Checkpoint
     from reapkit.observation import Observation
     from reapkit.outputs import require_target
     from reapkit.ranks import Ranks
 
     require_target(output)
-    run = _run(device, dtype, activation_budget, trust_remote_code, activations)
+    run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     ranks = Ranks.from_environment()
     # Of several ranks one speaks; all say what went wrong.
     quiet = quiet or ranks.rank > 0
-    observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks)
+    with _progress(quiet) as progress:
+        checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
+        observation = Observation(checkpoint, data, run=run, max_length=max_length, seed=seed, ranks=ranks)
     sources = [source.to_json() for source in observation.data.sources]
     _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
@@ -301,7 +312,11 @@ def combine(
 @_verb
 def plan(
     source: Annotated[
-        str, typer.Argument(metavar="STATS|SRC", help="statistics; the criterion random also takes a checkpoint")
+        str,
+        typer.Argument(
+            metavar="STATS|SRC",
+            help="statistics, a file or hub://ORG/NAME; the criterion random also takes a checkpoint",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="plan to write")],
     criterion: CriterionOption = "reap",
@@ -315,12 +330,17 @@ def plan(
     ] = 1,
     seed: Seed = 0,
     revision: Revision = None,
+    publish: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="upload plan and statistics to this repository on the hub")
+    ] = None,
+    private: Private = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
+    from reapkit import publishing
     from reapkit.plans import choose, num_kept
 
     choice = choose(
@@ -331,18 +351,22 @@ def plan(
         _note(f"keeping {kept} of {choice.plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
     if not dry_run:
         choice.plan.save(output)
+    upload = publishing.publish(choice, publish, private=private, dry_run=dry_run) if publish else None
     if as_json:
-        _print_json(_described_choice(choice, None if dry_run else output))
+        published = {} if upload is None else {"upload": asdict(upload)}
+        _print_json({**_described_choice(choice, None if dry_run else output), **published})
     elif not quiet:
         _print_choice(choice)
         _note_unmeasured(choice.plan)
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
+        if upload is not None:
+            _note_upload(upload)
 
 
 @_verb
 def prune(
     source: Source,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="the plan: a file, or hub://ORG/NAME[@REVISION]")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
     ],
@@ -357,26 +381,32 @@ def prune(
     verbose: Verbose = False,
 ) -> None:
     """Write the checkpoint that a plan leaves, byte for byte."""
-    from reapkit.compression import prune
+    from reapkit.compression import open_planned, prune, transfer
+    from reapkit.plans import PruningPlan
 
+    chosen = PruningPlan.load(plan)
     with _progress(quiet) as progress:
+        checkpoint = open_planned(source, chosen, revision=revision, progress=progress)
         manifest = prune(
-            source,
-            plan,
+            checkpoint,
+            chosen,
             output,
             dequantize=dequantize,
             base_model=base_model,
             mtp=mtp,
             allow_missing_scales=allow_missing_scales,
-            revision=revision,
             dry_run=dry_run,
             progress=progress,
         )
+    moved = transfer(checkpoint, chosen, dequantize=dequantize, mtp=mtp) if dry_run else None
     if as_json:
-        _print_json(asdict(manifest))
+        _print_json({**asdict(manifest), **({} if moved is None else {"transfer": asdict(moved)})})
     elif not quiet:
         verb = "would write" if dry_run else "wrote"
         _note(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}")
+        if moved is not None and moved.moved_bytes:
+            of_it = f"{_size(moved.kept_bytes)} of it kept, in {moved.requests:,} ranges"
+            _note(f"would move {_size(moved.moved_bytes)} from the hub, {of_it}")
         _note_output(manifest)
 
 
@@ -386,6 +416,13 @@ def verify(
     source: Annotated[
         str | None, typer.Option(metavar="SRC", help="the source; where it was by default, needed once")
     ] = None,
+    refetch: Annotated[
+        bool,
+        typer.Option(
+            "--refetch",
+            help="of a source on the hub, fetch what was kept again, and do not trust what was listed as it came",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -394,7 +431,7 @@ def verify(
     from reapkit.verification import verify
 
     with _progress(quiet) as progress:
-        verification = verify(output, source=source, progress=progress)
+        verification = verify(output, source=source, refetch=refetch, progress=progress)
     if as_json:
         _print_json(_described(verification))
     elif not quiet:
@@ -415,6 +452,7 @@ def compress(
     criterion: CriterionOption = "reap",
     activation_budget: Budget = None,
     activations: Activations = None,
+    disk_budget: DiskBudget = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
@@ -437,7 +475,7 @@ def compress(
 
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
-    run = _run(device, dtype, activation_budget, trust_remote_code, activations)
+    run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     target = Target(ratio=ratio, keep=keep, criterion=criterion)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
@@ -709,6 +747,36 @@ def report(
 
 
 @_verb
+def push(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="folder that reapkit wrote")],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="repository on the hub; made where there is none")
+    ],
+    with_reapkit: Annotated[
+        bool, typer.Option("--with-reapkit", help="send the folder reapkit/ too: plan, statistics, reports")
+    ] = False,
+    private: Private = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload an output and its card to the hub."""
+    from reapkit.publishing import push
+
+    upload = push(output, repository, with_reapkit=with_reapkit, private=private, dry_run=dry_run)
+    if as_json:
+        _print_json(asdict(upload))
+    elif not quiet:
+        if dry_run:
+            files = _table("file", "bytes")
+            for name, size in upload.files.items():
+                files.add_row(_escape(name), _size(size))
+            out.print(files)
+        _note_upload(upload)
+
+
+@_verb
 def list_(
     what: Annotated[str, typer.Argument(metavar="architectures|criteria|gpus", help="what to list")],
     as_json: Json = False,
@@ -834,7 +902,8 @@ def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | No
         "memory": f"{_size(estimate.device_bytes)} on {estimate.device}{beside}",
         "activations": f"{_size(estimate.held_bytes)} {_PLACES[estimate.place]}",
         "dtype": estimate.dtype,
-        "read": _size(estimate.read_bytes),
+        "read": _size(estimate.read_bytes)
+        + (f", {_size(estimate.moved_bytes)} of it from the hub" if estimate.moved_bytes else ""),
         "written": written,
     }
     for name, value in rows.items():
@@ -880,7 +949,12 @@ def _print_verification(verification: Verification) -> None:
         _note(f"[bold red]wrong:[/] {_escape(problem)}")
     if verification.ok:
         against = "its source, byte for byte" if verification.against_source else "its recorded digests"
-        _note(f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}")
+        if verification.num_received:
+            against = f"its source's headers and what was received from the hub ({verification.num_received} shards)"
+        moved = f"; {_size(verification.moved_bytes)} came through the network" if verification.moved_bytes else ""
+        _note(
+            f"verified {verification.num_tensors:,} tensors, {_size(verification.num_bytes)}, against {against}{moved}"
+        )
 
 
 def _note_calibration(architecture: Architecture, sources: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:
@@ -914,6 +988,16 @@ def _note_output(manifest: Manifest) -> None:
     _note_unmeasured(manifest)
     if manifest.observed_layout != manifest.source.layout:
         _note("the plan was made from a sibling with other tensors and the same routers")
+
+
+def _note_upload(upload: Upload) -> None:
+    what = f"{len(upload.files)} files, {_size(upload.nbytes)}"
+    for note in upload.notes:
+        _note(f"[bold]note:[/] {_escape(note)}")
+    if upload.url is None:
+        _note(f"would upload {what} to {_escape(upload.repository)}")
+    else:
+        _note(f"uploaded {what} to {_escape(upload.repository)}: {_escape(upload.url)}")
 
 
 def _note_sources(sources: Iterable[Mapping[str, Any]], *, quiet: bool) -> None:
@@ -981,11 +1065,17 @@ def _escape(text: str) -> str:
 
 
 def _run(
-    device: str | None, dtype: str | None, budget: str | None, trust_remote_code: bool, place: str | None = None
+    device: str | None,
+    dtype: str | None,
+    budget: str | None,
+    trust_remote_code: bool,
+    place: str | None = None,
+    disk: str | None = None,
 ) -> Run:
     from reapkit.observation import Run
 
-    return Run(device, dtype, None if budget is None else parse_size(budget), trust_remote_code, place=place)
+    sizes = [None if text is None else parse_size(text) for text in (budget, disk)]
+    return Run(device, dtype, sizes[0], trust_remote_code, place=place, disk_budget=sizes[1])
 
 
 def parse_size(text: str) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reapkit import hub, plans, shards
 from reapkit import layout as layouts
-from reapkit import plans, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
+from reapkit.landing import Transfer
 from reapkit.layout import Architecture
 from reapkit.observation import Observation, Run
 from reapkit.outputs import alone, discard, lock_of, unfinished
@@ -49,8 +50,18 @@ class Compression:
     verification: Verification
 
 
+def open_planned(
+    source: str | Path, plan: PruningPlan, *, revision: str | None = None, progress: Progress = silent
+) -> Checkpoint:
+    """The checkpoint to prune: of the repository that the plan names, at the plan's revision unless another is given."""
+    named = hub.parse(str(source))
+    if revision is None and named == (plan.source.origin, None) and not Path(source).exists():
+        revision = plan.source.revision
+    return Checkpoint.open(source, revision=revision, progress=progress)
+
+
 def prune(
-    source: str | Path,
+    source: Checkpoint | str | Path,
     plan: PruningPlan | str | Path,
     out: str | Path,
     *,
@@ -65,15 +76,15 @@ def prune(
     """Write the checkpoint that a plan leaves: the source's bytes, re-sliced.
 
     Args:
-        source: a checkpoint's folder or hub id.
-        plan: the plan or its file.
+        source: a checkpoint, its folder or hub id.
+        plan: the plan, its file, or `hub://ORG/NAME[@REVISION]` where it was published.
         out: a new folder; an interrupted run's is gone on with.
         dequantize: write quantised weights as bf16 instead.
         base_model: the hub id to record as the parent.
         mtp: what becomes of MTP layers with experts, which calibration never runs: `same-as-last` (the kept set of the last decoder
             layer; the default), `same-as-layer-N`, or `drop`.
         allow_missing_scales: go on where a kept expert lacks a scale that others have.
-        revision: of a hub id.
+        revision: of a hub id; by default the plan's, where it names the same repository.
         dry_run: check and describe, and write nothing.
         progress: told how far it is.
 
@@ -81,9 +92,11 @@ def prune(
         PlanError: the plan is for another model.
         OutputError: the folder cannot be written.
     """
-    checkpoint = Checkpoint.open(source, revision=revision)
+    chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else open_planned(source, chosen, revision=revision, progress=progress)
+    )
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
-    chosen = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
     return shards.write(
         checkpoint,
         layout,
@@ -96,6 +109,13 @@ def prune(
         dry_run=dry_run,
         progress=progress,
     )
+
+
+def transfer(
+    checkpoint: Checkpoint, plan: PruningPlan, *, dequantize: bool = False, mtp: str | None = None
+) -> Transfer:
+    """What pruning a checkpoint by a plan moves through the network, beside the headers and fingerprints read by then."""
+    return shards.transfer(checkpoint, layouts.resolve(checkpoint, ARCHITECTURES), plan, dequantize=dequantize, mtp=mtp)
 
 
 def compress(
@@ -166,7 +186,7 @@ def compress(
         path,
         choice,
         manifest,
-        verify(out, source=observation.checkpoint.path, progress=progress),
+        verify(out, source=observation.checkpoint, progress=progress),
     )
 
 

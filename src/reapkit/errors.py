@@ -65,6 +65,10 @@ class ServerError(ReapkitError):
     """A server that did not start, ended, or answers otherwise than it should."""
 
 
+class HubError(ReapkitError):
+    """The hub, or what stands in front of it, does not give what was asked for."""
+
+
 class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from reapkit.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
+    Place,
     locate,
     read_config,
     read_index,
@@ -33,6 +34,7 @@ from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.geometry import Geometry
 from reapkit.layout import Architecture, MoELayout, find, resolve
 from reapkit.plans import num_kept
+from reapkit.progress import Progress, silent
 from reapkit.quantization import ASSUMED_BITS, HINT, Format, quantization_table, read_format
 from reapkit.tensors import TensorInfo, nbytes, parse_json
 
@@ -137,26 +139,26 @@ def inspect(
     revision: str | None = None,
     ratios: Sequence[str] = RATIOS,
     trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Inventory:
-    """Count what a checkpoint holds; of a hub id only what is in the cache and small files are read, so nothing large is downloaded.
+    """Count what a checkpoint holds; of a repository on the hub config, index and the headers of its shards are read.
 
     Args:
         source: a folder, with shards or with config.json (and the index) alone, or a hub id.
         revision: of the hub id.
         ratios: shares of the experts to imagine removed; those that leave fewer than `top_k` are left out of the answer.
         trust_remote_code: let transformers run the folder's own code where there are no shards.
+        progress: told how headers come from the hub.
 
     Raises:
         CheckpointError: something is missing, truncated or contradicts itself.
         UnsupportedError: a dense model, an unknown family, or packed weights without their shards.
         UsageError: a ratio that is not one.
     """
-    path, origin, revision = locate(source, revision=revision, weights=False)
-    refuse_unfinished(path)
-    if _has_shards(path):
-        known = _Known(replace(Checkpoint.open(path), origin=origin, revision=revision))
-    else:
-        known = _imagine(path, origin=origin, revision=revision, trust_remote_code=trust_remote_code)
+    place = locate(source, revision=revision, sidecars=False, progress=progress)
+    refuse_unfinished(place.path)
+    has_shards = _has_shards(place)
+    known = _Known(Checkpoint.open(place)) if has_shards else _imagine(place, trust_remote_code=trust_remote_code)
     return _take_stock(known, ratios)
 
 
@@ -175,7 +177,12 @@ class _Known:
     notes: tuple[str, ...] = ()
 
 
-def _has_shards(path: Path) -> bool:
+def _has_shards(place: Place) -> bool:
+    path = place.path
+    if place.remote is not None:
+        names = place.remote.repository.files.keys()
+        has_index = INDEX_NAME in names and not names.isdisjoint(read_index(path)[0].values())
+        return has_index or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names)
     if (path / INDEX_NAME).exists():
         weight_map, _ = read_index(path)
         return any((path / file).exists() for file in set(weight_map.values()))
@@ -352,11 +359,12 @@ def _note_format(checkpoint: Checkpoint, form: Format, notes: list[str]) -> None
 # --- without shards
 
 
-def _imagine(path: Path, *, origin: str, revision: str | None, trust_remote_code: bool) -> _Known:
+def _imagine(place: Place, *, trust_remote_code: bool) -> _Known:
     """The checkpoint that config.json and, where it is there, the index describe.
 
     Names come from the index and shapes from the model that transformers builds; a weight with a scale in the index is FP8.
     """
+    path, origin, revision = place.path, place.origin, place.revision
     config = read_config(path)
     architecture = find(config, ARCHITECTURES)
     form = read_format(Checkpoint(path, config, {}, (), origin, revision))

@@ -320,13 +320,14 @@ class Identity:
     def of(cls, checkpoint: Checkpoint, layout: MoELayout) -> Identity:
         """Read from the routers whole, and a few kilobytes from every other tensor."""
         sampled = [name for name in checkpoint.tensors if layout.expert_of.get(name, (0, 0))[1] == 0]
-        return cls(
-            checkpoint.origin,
-            checkpoint.revision,
-            checkpoint.layout_fingerprint,
-            checkpoint.fingerprint(layout.fingerprinted_names),
-            checkpoint.fingerprint(sampled, limit=SAMPLED_BYTES),
-        )
+        with checkpoint.fingerprinting([(layout.fingerprinted_names, None), (sampled, SAMPLED_BYTES)]):
+            return cls(
+                checkpoint.origin,
+                checkpoint.revision,
+                checkpoint.layout_fingerprint,
+                checkpoint.fingerprint(layout.fingerprinted_names),
+                checkpoint.fingerprint(sampled, limit=SAMPLED_BYTES),
+            )
 
     @classmethod
     def from_json(cls, value: Any) -> Identity:

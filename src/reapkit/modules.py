@@ -11,6 +11,7 @@ Shape suffixes: B = documents, T = tokens, D = hidden size, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import sys
 import threading
@@ -18,7 +19,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from reapkit.formats import decode
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
 from reapkit.quantization import HINT, Format, read_format
+from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
 
 # glibc's malloc.h: the most arenas that there may be.
@@ -156,6 +158,25 @@ class StreamedModel:
         """Bytes that one pass over embeddings and layers reads from disk."""
         return sum(info.nbytes for infos in (*self._by_layer, self._entry) for info in infos)
 
+    def stages(self, *, with_mtp: bool) -> list[list[TensorInfo]]:
+        """What one pass reads at a time, each part in the order of its bytes: what stands outside the layers, every layer, MTP."""
+        stages = [self._entry, *self._by_layer]
+        if with_mtp and self.mtp is not None:
+            stages.append([*self.mtp.infos, *self._shared_with_mtp()])
+        tensors = self.checkpoint.tensors
+        weights = ([info for info in stage if not self.format.is_companion(info.name)] for stage in stages)
+        read = (
+            [part for info in stage for part in (info, *self.format.companions(info, tensors))] for stage in weights
+        )
+        return [sorted(stage, key=lambda info: (info.file, info.start)) for stage in read]
+
+    def reading(self, *, with_mtp: bool, disk: Disk | None) -> AbstractContextManager[None]:
+        """While this lasts, a pass finds what it reads already on its way, where weights come through a network."""
+        if self.checkpoint.remote is None:
+            return nullcontext()
+        order = itertools.chain.from_iterable(self.stages(with_mtp=with_mtp))
+        return self.checkpoint.expecting(order, disk=disk)
+
     def fetch(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors by on-disk name, read and dequantised; may run in another thread.
 
@@ -193,9 +214,11 @@ class StreamedModel:
     def fetch_mtp(self) -> dict[str, Tensor]:
         """The MTP layers' tensors and the input embeddings, which they share, by name once dequantised."""
         assert self.mtp is not None
+        return self._decode([*self.mtp.infos, *self._shared_with_mtp()])
+
+    def _shared_with_mtp(self) -> list[TensorInfo]:
         embeddings = self.module.get_input_embeddings()
-        shared = [info for info in self._entry if self._owner(info.name) is embeddings]
-        return self._decode([*self.mtp.infos, *shared])
+        return [info for info in self._entry if self._owner(info.name) is embeddings]
 
     def load_mtp(self, tensors: dict[str, Tensor]) -> None:
         """Put the MTP layers and the input embeddings into the model."""
@@ -866,11 +889,15 @@ class SuspendedForwards:
             self._spill.close()
         self._model.unload_everything()
 
-    def run_layers(self, after_batch: Callable[[int, int], None]) -> None:
+    def run_layers(self, after_batch: Callable[[int, int], None], *, disk: Disk | None = None) -> None:
         """Run all micro-batches through all layers; `after_batch(layer, batch)` is called when a batch has left a layer.
 
-        While one layer runs, the next one is read and dequantised.
+        While one layer runs, the next one is read and dequantised; through a network further ones come to the disk.
         """
+        with self._model.reading(with_mtp=self._runs_mtp, disk=disk):
+            self._run_layers(after_batch)
+
+    def _run_layers(self, after_batch: Callable[[int, int], None]) -> None:
         model = self._model
         fetched: Future[dict[str, Tensor]] = self._loader.submit(model.fetch, 0)
         model.load_entry()

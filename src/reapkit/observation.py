@@ -7,6 +7,7 @@ totals, so the number of waves does not change what is measured.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -36,6 +37,7 @@ from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, lo
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.progress import Progress, silent
 from reapkit.ranks import Ranks
+from reapkit.sources import NUM_CONNECTIONS, Disk, Remote
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics, differing
 from reapkit.sums import RoutedSums
 
@@ -87,6 +89,7 @@ class Run:
         place: where suspended activations are kept: `device`, `host` (pinned memory), `disk`; None takes the device, or the host where
             the device holds so few that reading the weights over and over would take longer than computing.
         plain: take the reference path on a GPU too, without fused kernels.
+        disk_budget: bytes on disk for layers that come through the network; None takes what their number of readings makes useful.
     """
 
     device: str | None = None
@@ -95,6 +98,7 @@ class Run:
     trust_remote_code: bool = False
     place: str | None = None
     plain: bool = False
+    disk_budget: int | None = None
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype.
@@ -138,6 +142,7 @@ class Estimate:
         device_bytes: peak memory on the device, on a CPU besides the process itself.
         held_bytes: suspended activations, which are kept at `place`: on the device, where they are part of its bytes, the host or disk.
         read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
+        moved_bytes: of what is read, bytes that come through the network.
         compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
         device, dtype: where and in what is computed.
     """
@@ -151,6 +156,7 @@ class Estimate:
     held_bytes: int
     place: Place
     read_bytes: int
+    moved_bytes: int
     output_bytes: int
     compute_rate: float
     disk_rate: float
@@ -215,6 +221,7 @@ class Observation:
                 hint="start fewer, or observe more text",
             )
         self.place, self.budget = self._choose_place(run)
+        self._disk_budget = run.disk_budget
         self.waves = self._split(self.batches)
 
     @cached_property
@@ -245,6 +252,7 @@ class Observation:
             held_bytes=self.held_bytes,
             place=self.place,
             read_bytes=read,
+            moved_bytes=self._moved_bytes(),
             output_bytes=8 * sums * len(self.layout.layers),
             compute_rate=self.compute_rate,
             disk_rate=self.disk_rate,
@@ -346,10 +354,49 @@ class Observation:
             OutputError: the file cannot be written.
         """
         self.require_memory()
-        with self._explained():
-            return self._run(progress, keep)
+        with self._explained(), self._disk(keep) as disk:
+            return self._run(progress, keep, disk)
 
-    def _run(self, progress: Progress, keep: Path | None) -> Statistics:
+    @contextmanager
+    def _disk(self, keep: Path | None) -> Iterator[Disk | None]:
+        """Where layers that come through the network are put: beside the file that is worked towards."""
+        window, remote_bytes = self._window()
+        if not remote_bytes:
+            yield None
+            return
+        with ExitStack() as stack:
+            folder = (
+                keep.with_name(keep.name + ".weights")
+                if keep is not None
+                else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reapkit-")), "weights")
+            )
+            budget = self._disk_budget or self._useful_budget(folder, window, remote_bytes)
+            yield stack.enter_context(Disk.opened(folder, budget=budget, window=window))
+
+    def _moved_bytes(self) -> int:
+        """Bytes through the network over all waves; what the disk keeps of one wave, the next ones need not fetch."""
+        window, remote_bytes = self._window()
+        budget = self._disk_budget or self._useful_budget(Path("weights"), window, remote_bytes)
+        return remote_bytes + (len(self.waves) - 1) * max(0, remote_bytes - max(0, budget - window))
+
+    def _window(self) -> tuple[int, int]:
+        """Bytes through the network: the two largest parts of a pass that follow each other, and all of one pass."""
+        source = self.checkpoint.source
+        if self.checkpoint.remote is None:
+            return 0, 0
+        stages = [
+            sum(info.nbytes for info in set(stage) if source.local(info.file) is None)
+            for stage in self.model.stages(with_mtp=self.model.mtp is not None)
+        ]
+        return max(map(sum, itertools.pairwise(stages))), sum(stages)
+
+    def _useful_budget(self, folder: Path, window: int, remote_bytes: int) -> int:
+        """What is read once needs no place beyond the window; what is read again may have half of the disk that is free."""
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        again = remote_bytes if len(self.waves) > 1 else 0
+        return window + min(again, max(0, shutil.disk_usage(existing).free // 2 - window))
+
+    def _run(self, progress: Progress, keep: Path | None, disk: Disk | None) -> Statistics:
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
@@ -380,7 +427,7 @@ class Observation:
             with SuspendedForwards(
                 model, inputs, images=images, observe=observers, place=self.place, keep_outputs=False
             ) as forwards:
-                forwards.run_layers(after_batch)
+                forwards.run_layers(after_batch, disk=disk)
             finished += len(wave)
             # A rank that is done keeps its share until all are.
             if keep is not None and (finished < len(self.batches) or self.ranks.count > 1):
@@ -645,10 +692,19 @@ def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _measure_disk(checkpoint: Checkpoint) -> float:
-    """Rate of reading up to 256 MB of the largest shard."""
-    largest = max(checkpoint.files, key=lambda file: (checkpoint.path / file).stat().st_size)
+    """Rate of reading up to 256 MB of the largest shard; through a network, that of what has come so far."""
+    largest = max(checkpoint.files, key=checkpoint.source.size)
+    path = checkpoint.source.local(largest)
+    if path is None:
+        assert checkpoint.remote is not None
+        return _measured_rate(checkpoint.remote)
     start, total = time.perf_counter(), 0
-    with (checkpoint.path / largest).open("rb", buffering=0) as stream:
+    with path.open("rb", buffering=0) as stream:
         while total < 256 << 20 and (chunk := stream.read(16 << 20)):
             total += len(chunk)
     return total / (time.perf_counter() - start)
+
+
+def _measured_rate(remote: Remote) -> float:
+    """Headers and fingerprints came in small pieces, so that layers will come faster."""
+    return max(NUM_CONNECTIONS * remote.ranges.moved / max(remote.ranges.seconds, 1e-3), 1.0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from reapkit import criteria, outputs
+from reapkit import criteria, hub, outputs
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
@@ -38,6 +38,9 @@ from reapkit.tensors import (
 )
 
 FORMAT = "reapkit-plan-1"
+# Where a repository holds a plan: alone, as `plan --publish` puts it, or beside the checkpoint that it left.
+PUBLISHED_PLANS = ("plan.json", "reapkit/plan.json")
+PUBLISHED_STATISTICS = ("statistics.safetensors", "reapkit/statistics.safetensors")
 MTP_POLICIES = "same-as-last, same-as-layer-N or drop"
 
 
@@ -150,6 +153,7 @@ class PruningPlan:
 
     def require_fits(self, layout: MoELayout, found: Identity) -> None:
         """Raise PlanError unless the plan was made for this checkpoint, or for a sibling of it in another format."""
+        self._require_revision(found)
         if (what := self.source.differing(found, siblings=True)) is not None:
             name = {"routers": "routing"}.get(what, what)
             revision = f" at {self.source.revision[:12]}" if self.source.revision else ""
@@ -178,6 +182,26 @@ class PruningPlan:
                     hint=f"keep {self.num_kept // layout.num_groups} in each of the {layout.num_groups} groups",
                 )
 
+    def _require_revision(self, found: Identity) -> None:
+        """Raise PlanError for another revision of the repository that the plan names, and say what tells the two apart."""
+        source = self.source
+        if (
+            source.origin != found.origin
+            or None in (source.revision, found.revision)
+            or source.revision == found.revision
+        ):
+            return
+        apart = [
+            f"{what} {getattr(source, name)[:12]} there and {getattr(found, name)[:12]} here"
+            for what, name in (("routers", "routing"), ("tensors", "layout"), ("weights", "weights"))
+            if getattr(source, name) != getattr(found, name)
+        ]
+        raise PlanError(
+            f"the plan is for {source.origin} at {str(source.revision)[:12]}, and this is {str(found.revision)[:12]}: "
+            + ("its fingerprints differ, " + "; ".join(apart) if apart else "all fingerprints are the same"),
+            hint=f"--revision {source.revision}, or leave --revision out: the plan's is taken",
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -203,12 +227,22 @@ class PruningPlan:
         outputs.save(path, text.encode())
 
     @classmethod
-    def load(cls, path: Path) -> PruningPlan:
-        """Read what `save` wrote, or a person edited.
+    def load(cls, source: str | Path) -> PruningPlan:
+        """Read what `save` wrote, or a person edited, or what somebody published as `hub://ORG/NAME[@REVISION]`.
 
         Raises:
             PlanError: missing, not a plan, or inconsistent.
+            HubError: the hub does not give it.
         """
+        path = Path(source)
+        if str(source).startswith(hub.SCHEME):
+            found = fetch(str(source), PUBLISHED_PLANS)
+            if found is None:
+                raise PlanError(
+                    f"{source} holds no plan: neither {' nor '.join(PUBLISHED_PLANS)}",
+                    hint="reapkit plan --publish puts one there",
+                )
+            path = found
         if not path.is_file():
             raise PlanError(f"there is no plan {path}", hint="make one with reapkit plan")
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -250,6 +284,14 @@ class PruningPlan:
         if plan.num_kept != stated:
             raise PlanError(f"{origin} says it keeps {stated} experts a layer and lists {plan.num_kept}")
         return plan
+
+
+def fetch(source: str, names: Sequence[str]) -> Path | None:
+    """The first of some files that a repository holds, fetched whole; None where it holds none of them."""
+    name, revision = hub.parse(source)
+    repository = hub.find(name, revision=revision)
+    found = next((file for file in names if file in repository.files), None)
+    return None if found is None else hub.snapshot(repository, [found]) / found
 
 
 def num_kept(
@@ -378,7 +420,7 @@ def choose(
     """Choose the experts that stay.
 
     Args:
-        source: statistics or their file; the criterion `random` also takes a checkpoint.
+        source: statistics, their file or `hub://ORG/NAME` where they were published; the criterion `random` also takes a checkpoint.
         criterion: a name in `criteria.CRITERIA`, or `random`.
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
@@ -391,6 +433,8 @@ def choose(
         PlanError: fewer experts would stay than each token is routed to, or no multiple is small enough.
     """
     criteria.check(criterion)
+    if isinstance(source, str) and source.startswith(hub.SCHEME):
+        source = fetch(source, PUBLISHED_STATISTICS) or source
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(

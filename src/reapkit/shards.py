@@ -22,12 +22,13 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from reapkit import cards, edits
+from reapkit import cards, edits, landing
 from reapkit.cards import CARD_NAME, Subject
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
 from reapkit.edits import Copy, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
+from reapkit.landing import Transfer
 from reapkit.layout import Identity, MoELayout
 from reapkit.outputs import PARTIAL, alone, appearing, explained, sync_folder, write_all, write_file
 from reapkit.plans import PruningPlan
@@ -50,6 +51,7 @@ from reapkit.tensors import (
 FORMAT = "reapkit-manifest-1"
 OWN_FOLDER = "reapkit"
 PLAN_NAME = f"{OWN_FOLDER}/plan.json"
+LANDED = f"{OWN_FOLDER}/landed"
 LOCK_NAME = f"{OWN_FOLDER}/lock"
 RESUMED = "once that is cured, repeat the command: it goes on where it stopped"
 # More files at once copy faster from a cache or an SSD; a disk that turns would rather have fewer.
@@ -267,6 +269,14 @@ def write(
     return manifest
 
 
+def transfer(
+    checkpoint: Checkpoint, layout: MoELayout, plan: PruningPlan, *, dequantize: bool = False, mtp: str | None = None
+) -> Transfer:
+    """What `write` would move through the network; nothing from a folder."""
+    plan = plan.for_layout(layout, mtp)
+    return landing.transfer(checkpoint, edits.outputs(checkpoint, layout, plan, dequantize=dequantize))
+
+
 def finished(out: Path) -> Manifest | None:
     """The manifest of a finished output, None for any other folder."""
     with explained(out, hint=RESUMED):
@@ -330,11 +340,11 @@ def _identity(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     Fingerprints do not see the experts' bytes, and fine-tuning often leaves routers as they were, so the shards' place, size and time
     count too.
     """
-    stats = {file: (checkpoint.path / file).stat() for file in checkpoint.files}
+    source = checkpoint.source
     return {
         "source": asdict(manifest.source),
-        "folder": str(checkpoint.path.resolve()),
-        "shards": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "folder": str(checkpoint.path.resolve()) if checkpoint.remote is None else checkpoint.origin,
+        "shards": {file: list(source.stamp(file)) for file in checkpoint.files},
         "plan": manifest.plan,
         "dequantize": manifest.dequantized,
         "base_model": manifest.base_model,
@@ -440,7 +450,8 @@ def _write_shards(
 
     for file in whole:
         advance(sizes[file])
-    missing = [file for file in shards if file not in whole]
+    from_hub = [file for file in shards if file not in whole and landing.comes_from_the_hub(checkpoint, shards[file])]
+    missing = [file for file in shards if file not in whole and file not in from_hub]
     with deferred("the running files are written"), ThreadPoolExecutor(_FILES_AT_ONCE) as writers:
         try:
             for future in as_completed([writers.submit(write, file) for file in missing]):
@@ -448,6 +459,10 @@ def _write_shards(
         except BaseException:
             stopped.set()
             raise
+    with deferred("the running requests are done"):
+        for file in from_hub:  # one after the other, each by several requests
+            safe_point()
+            write(file)
     safe_point()
 
 
@@ -476,6 +491,9 @@ def _write_shard(
     checkpoint: Checkpoint, header: bytes, tensors: list[OutputTensor], path: Path, advance: Advance
 ) -> None:
     source_file = tensors[0].info.file
+    if landing.comes_from_the_hub(checkpoint, tensors):
+        landing.land(checkpoint, header, tensors, path, path.parent / LANDED / f"{path.name}.jsonl", advance)
+        return
     with (checkpoint.path / source_file).open("rb", buffering=0) as source, appearing(path) as target:
         write_all(target, header)
         advance(len(header))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,23 +183,35 @@ def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, Tenso
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{file} is truncated: {size} bytes, too short for a safetensors header",
-                    hint="fetch the shard again",
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            if length > size - 8:
-                raise CheckpointError(
-                    f"{file} is truncated or not safetensors: its header claims {length:,} bytes and the file has {size:,}",
-                    hint="fetch the shard again",
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{file} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-            text = stream.read(length)
+
+            def read(start: int, stop: int) -> bytes:
+                stream.seek(start)
+                return stream.read(stop - start)
+
+            return parse_header(read, size=size, file=file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def parse_header(
+    read: Callable[[int, int], bytes | bytearray], *, size: int, file: str
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The same of a shard that lies anywhere: `read(start, stop)` gives its bytes, and `size` says how many there are."""
+    prefix = read(0, min(8, size))
+    if len(prefix) < 8:
+        raise CheckpointError(
+            f"{file} is truncated: {size} bytes, too short for a safetensors header",
+            hint="fetch the shard again",
+        )
+    (length,) = struct.unpack("<Q", prefix)
+    if length > size - 8:
+        raise CheckpointError(
+            f"{file} is truncated or not safetensors: its header claims {length:,} bytes and the file has {size:,}",
+            hint="fetch the shard again",
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+    text = bytes(read(8, 8 + length))
 
     header = parse_json(text, origin=f"the header of {file}")
     metadata = header.pop("__metadata__", {})

@@ -7,10 +7,12 @@ what the config and the quantisers' files should say comes from the functions th
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from reapkit.checkpoint import (
     walk,
 )
 from reapkit.errors import CheckpointError, ReapkitError
+from reapkit.landing import Landed
 from reapkit.layout import Identity, MoELayout, StackedTensor, resolve
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
 from reapkit.quantization import Format, read_format
-from reapkit.shards import Manifest
+from reapkit.shards import LANDED, Manifest
+from reapkit.sources import Range
 from reapkit.tensors import TensorInfo, parse_json, read_header
 
 _CHUNK_BYTES = 16 << 20
@@ -53,23 +57,36 @@ class Verification:
         num_tensors: tensors in readable shards.
         num_bytes: bytes that were read and hashed.
         against_source: whether tensors were compared with the source; else files with the digests of an earlier verification.
+        num_received: shards whose bytes were compared with what was received from the hub when they were written, not fetched again.
+        moved_bytes: that came through the network for it.
     """
 
     problems: tuple[str, ...]
     num_tensors: int
     num_bytes: int
     against_source: bool
+    num_received: int = 0
+    moved_bytes: int = 0
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
 
-def verify(out: str | Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Verification:
+def verify(
+    out: str | Path,
+    *,
+    source: Checkpoint | str | Path | None = None,
+    refetch: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
     """Check an output folder, reading each of its files once.
 
     The first run compares with the source and, if all is well, records the digest of every file in the manifest. Later runs need only
     the digests; with `source` they compare again.
+
+    Of a source on the hub, headers and small files are read. The bytes of shards that came from there are compared with the digests
+    that were listed as they came, and that list with where they belong; with `refetch`, they are fetched again.
 
     Raises:
         CheckpointError: not a finished output of reapkit, another checkpoint's source, or no source where one is needed.
@@ -79,7 +96,8 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
         raise CheckpointError(f"there is no folder {out}", hint="give the folder that reapkit prune wrote")
     refuse_unfinished(out)
     manifest = Manifest.load(out)
-    original = _open_source(out, manifest, source) if source is not None or manifest.digests is None else None
+    is_compared = source is not None or refetch or manifest.digests is None
+    original = _open_source(out, manifest, source, progress or silent) if is_compared else None
 
     found = _Output(out)
     found.read_tables()
@@ -105,10 +123,12 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
         edited = edits.edit_sidecars(checkpoint, layout, manifest.kept, dequantize=manifest.dequantized)
         sidecars = tuple(name for name in checkpoint.sidecars if edited.get(name, b"") is not None)
         found.compare_sidecars(checkpoint, sidecars, edited)
+    landed = _landed(out, found, original[0]) if original is not None and not refetch else {}
     found.read_files(
         expected,
         {*found.headers, *sidecars, CONFIG_NAME, INDEX_NAME, *(manifest.digests or {})},
         checkpoint=original[0] if original is not None else None,
+        landed=landed,
         progress=progress or silent,
     )
     if manifest.digests is not None:
@@ -119,7 +139,27 @@ def verify(out: str | Path, *, source: str | Path | None = None, progress: Progr
         ):
             replace(manifest, digests=dict(sorted(found.digests.items()))).save(out)
     num_tensors = sum(len(header) for header in found.headers.values())
-    return Verification(tuple(dict.fromkeys(found.problems)), num_tensors, found.num_bytes, original is not None)
+    remote = original[0].remote if original is not None else None
+    return Verification(
+        tuple(dict.fromkeys(found.problems)),
+        num_tensors,
+        found.num_bytes,
+        original is not None,
+        len(landed),
+        remote.ranges.moved if remote is not None else 0,
+    )
+
+
+def _landed(out: Path, found: _Output, checkpoint: Checkpoint) -> dict[str, Landed]:
+    """By shard that came from the hub and is not on this machine, the list of what came."""
+    if checkpoint.remote is None:
+        return {}
+    lists = {file: Landed.load(out / LANDED / f"{file}.jsonl") for file in found.headers}
+    return {
+        file: landed
+        for file, landed in lists.items()
+        if landed is not None and checkpoint.remote.local(landed.source) is None
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +182,17 @@ class _Expected:
     dequantized: Format | None = None
 
 
-def _open_source(out: Path, manifest: Manifest, source: str | Path | None) -> tuple[Checkpoint, MoELayout]:
+def _open_source(
+    out: Path, manifest: Manifest, source: Checkpoint | str | Path | None, progress: Progress
+) -> tuple[Checkpoint, MoELayout]:
     planned = manifest.source
     try:
-        revision = planned.revision if source is None else None
-        checkpoint = Checkpoint.open(planned.origin if source is None else source, revision=revision)
+        named = planned.origin if source is None else source
+        # A repository has moved on since, and a folder has no revision.
+        revision = planned.revision if named == planned.origin and not Path(planned.origin).exists() else None
+        checkpoint = (
+            named if isinstance(named, Checkpoint) else Checkpoint.open(named, revision=revision, progress=progress)
+        )
     except ReapkitError as error:
         if source is not None:
             raise
@@ -320,17 +366,34 @@ class _Output:
                 self.problems.append(f"{name} differs from the source's")
 
     def read_files(
-        self, expected: Mapping[str, _Expected], names: set[str], *, checkpoint: Checkpoint | None, progress: Progress
+        self,
+        expected: Mapping[str, _Expected],
+        names: set[str],
+        *,
+        checkpoint: Checkpoint | None,
+        landed: Mapping[str, Landed],
+        progress: Progress,
     ) -> None:
-        """Hash every file, and compare its tensors with the source on the way."""
+        """Hash every file, and compare its tensors with the source on the way, or with what was received of it."""
         present = [name for name in sorted(names) if is_plain_file(self.path / name, self.path)]
         total = sum((self.path / name).stat().st_size for name in present)
         for name in present:
             digest = hashlib.sha256()
-            for chunk in self._compared(name, expected, checkpoint):
-                digest.update(chunk)
-                self.num_bytes += len(chunk)
-                progress("verifying", self.num_bytes, total, "B")
+            compared = expected
+            received = _Received(landed[name]) if name in landed else None
+            if received is not None:
+                mine = {key: expected[key] for key in self.headers[name] if key in expected}
+                self.problems.extend(received.misplaced(self.headers[name], mine))
+                compared = {key: item for key, item in mine.items() if _segments(item) is None}
+            with _expected_soon(checkpoint, self.headers.get(name, {}), compared):
+                for chunk in self._compared(name, compared, checkpoint):
+                    digest.update(chunk)
+                    if received is not None:
+                        received.update(chunk)
+                    self.num_bytes += len(chunk)
+                    progress("verifying", self.num_bytes, total, "B")
+            if received is not None:
+                self.problems.extend(received.problems(name))
             self.digests[name] = digest.hexdigest()
 
     def _compared(self, file: str, expected: Mapping[str, _Expected], checkpoint: Checkpoint | None) -> Iterator[bytes]:
@@ -360,7 +423,7 @@ class _Output:
                 self.problems.append(f"{name} has changed since it was compared with the source")
 
 
-def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | memoryview]:
+def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearray | memoryview]:
     """The bytes that a tensor of the output should have; whole tensors are copied in pieces, so that memory stays small."""
     if item.dequantized is not None:
         import torch
@@ -373,17 +436,131 @@ def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | memoryv
             parts = values.tensor_split(count, dim=axis)
             values = torch.cat([parts[entry] for entry in _entries(item.stacked, item.kept)], dim=axis)
         yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif item.stacked is not None:
+    elif (segments := _segments(item)) is not None:
+        for start, stop in segments:
+            for first in range(start, stop, _CHUNK_BYTES):
+                piece = bytearray(min(stop - first, _CHUNK_BYTES))
+                checkpoint.source.read_into(item.info.file, first, memoryview(piece), inside=item.info.name)
+                yield piece
+    else:
+        assert item.stacked is not None
         # The bytes of one expert along the axis are one element of a structured array, whatever the dtype.
         outer, count = item.info.shape[: item.stacked.axis], item.stacked.num_entries
         inner = item.info.nbytes // (math.prod(outer) * count)
         stored = np.frombuffer(checkpoint.read(item.info), np.dtype((np.void, inner)))
         taken = stored.reshape((*outer, count)).take(_entries(item.stacked, item.kept), axis=item.stacked.axis)
         yield taken.tobytes()
-    else:
-        with (checkpoint.path / item.info.file).open("rb") as stream:
-            stream.seek(item.info.start)
-            yield from _pieces(stream, item.info.nbytes)
+
+
+def _segments(item: _Expected) -> list[tuple[int, int]] | None:
+    """The byte ranges of the source that a tensor should consist of, in order; None where it is no sequence of ranges."""
+    info, stacked = item.info, item.stacked
+    if item.dequantized is not None or (stacked is not None and math.prod(info.shape[: stacked.axis]) != 1):
+        return None
+    if stacked is None:
+        return [(info.start, info.stop)]
+    size = info.nbytes // stacked.num_entries
+    return [(info.start + e * size, info.start + (e + 1) * size) for e in _entries(stacked, item.kept)]
+
+
+def _expected_soon(
+    checkpoint: Checkpoint | None, header: Mapping[str, TensorInfo], expected: Mapping[str, _Expected]
+) -> AbstractContextManager[None]:
+    """Let what a shard of the output is compared with be read ahead, where it comes through the network."""
+    if checkpoint is None or checkpoint.remote is None:
+        return nullcontext()
+    ranges: list[Range] = []
+    for name, info in header.items():
+        item = expected.get(name)
+        if item is None or (info.dtype, info.shape) != (item.dtype, item.shape):
+            continue
+        infos = [item.info]
+        if item.dequantized is not None:
+            infos += item.dequantized.companions(item.info, checkpoint.tensors)
+        segments = _segments(item)
+        if segments is not None:
+            ranges += [(item.info.file, start, stop) for start, stop in segments]
+        else:
+            ranges += [(part.file, part.start, part.stop) for part in infos]
+    return checkpoint.source.expecting(ranges)
+
+
+class _Received:
+    """A shard of the output against the list of what came for it: the list says where bytes belong, and what they were."""
+
+    def __init__(self, landed: Landed) -> None:
+        self._landed = landed
+        ranges = [
+            (place, place + stop - start, start, number)
+            for number, (pieces, _) in enumerate(landed.parts)
+            for start, stop, place in pieces
+        ]
+        self._ranges = sorted(ranges)
+        self._digests = [hashlib.sha256() for _ in landed.parts]
+        self._header = hashlib.sha256()
+        self._header_stop: int | None = None
+        self._position = 0
+        self._next = 0
+
+    def misplaced(self, header: Mapping[str, TensorInfo], expected: Mapping[str, _Expected]) -> Iterator[str]:
+        """A sentence for every tensor whose bytes are, by the list, not those of the source that belong there."""
+        self._header_stop = min((info.start for info in header.values()), default=0)
+        starts = [place for place, _, _, _ in self._ranges]
+        for name, item in expected.items():
+            info, segments = header[name], _segments(item)
+            if segments is None or (info.dtype, info.shape) != (item.dtype, item.shape):
+                continue
+            place, is_right = info.start, item.info.file == self._landed.source
+            for start, stop in segments:
+                is_right = is_right and self._came_from(start, stop, place, starts)
+                place += stop - start
+            if not is_right:
+                yield f"{name!r} in {info.file} did not come from the bytes of {item.info.name!r} that belong there"
+
+    def _came_from(self, start: int, stop: int, place: int, starts: list[int]) -> bool:
+        while start < stop:
+            number = bisect.bisect_right(starts, place) - 1
+            if number < 0:
+                return False
+            first, last, origin, _ = self._ranges[number]
+            if place >= last or origin + place - first != start:
+                return False
+            count = min(last - place, stop - start)
+            start, place = start + count, place + count
+        return True
+
+    def update(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take the file's next bytes."""
+        view, begin = memoryview(chunk), self._position
+        end = begin + len(view)
+        assert self._header_stop is not None
+        if begin < self._header_stop:
+            self._header.update(view[: self._header_stop - begin])
+        while self._next < len(self._ranges):
+            first, last, _, number = self._ranges[self._next]
+            if first >= end:
+                break
+            self._digests[number].update(view[max(0, first - begin) : last - begin])
+            if last > end:
+                break
+            self._next += 1
+        self._position = end
+
+    def problems(self, file: str) -> Iterator[str]:
+        """What differs, once the whole file was taken."""
+        if self._header.hexdigest() != self._landed.header:
+            yield f"the header of {file} is not the one that was written"
+        wrong = [
+            pieces
+            for (pieces, listed), digest in zip(self._landed.parts, self._digests, strict=True)
+            if digest.hexdigest() != listed
+        ]
+        if wrong:
+            start, stop, place = wrong[0][0]
+            yield (
+                f"{file} differs at byte {place:,} to {place + stop - start:,} from what was received from the hub "
+                f"({len(wrong)} such parts)"
+            )
 
 
 def _entries(stacked: StackedTensor, kept: Sequence[int]) -> list[int]:
