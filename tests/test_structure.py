@@ -17,10 +17,11 @@ SOURCE = Path(reapkit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors"),
     ("checkpoint", "quantization", "layout", "architectures"),
-    ("statistics", "criteria", "plans"),
+    ("statistics", "criteria", "plans", "clusters"),
     (
         "calibration",
         "formats",
+        "neurons",
         "kernels",
         "fusion",
         "experts",
@@ -31,10 +32,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "inventory",
         "observation",
+        "similarity",
         "fidelity",
     ),
     ("edits", "shards", "verification"),
-    ("compression", "cli"),
+    ("compression", "merging", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}

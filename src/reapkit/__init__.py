@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reapkit.errors import ReapkitError
     from reapkit.fidelity import Fidelity, compare
     from reapkit.inventory import Inventory, inspect
+    from reapkit.merging import merge
     from reapkit.observation import Run, observe
     from reapkit.plans import PruningPlan, choose, plan
     from reapkit.statistics import Statistics, combine
@@ -28,6 +29,7 @@ _HOMES = {
     "ReapkitError": "errors",
     "Fidelity": "fidelity", "compare": "fidelity",
     "Inventory": "inventory", "inspect": "inventory",
+    "merge": "merging",
     "Run": "observation", "observe": "observation",
     "PruningPlan": "plans", "choose": "plans", "plan": "plans",
     "Statistics": "statistics", "combine": "statistics",
@@ -35,7 +37,7 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "Compression", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "verify",
+    "choose", "combine", "compare", "compress", "inspect", "merge", "observe", "plan", "prune", "verify",
 ]  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 from reapkit import edits
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
-from reapkit.edits import Copy, OutputTensor, Take
+from reapkit.clusters import Merging
+from reapkit.edits import Copy, Orders, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.layout import Identity, MoELayout
@@ -95,6 +96,7 @@ class Manifest:
         observed_layout: the layout's fingerprint of the checkpoint that the plan was made from: the source's own, or that of a sibling
             in another format with the same routers.
         dequantized: whether quantised weights became bf16.
+        merging: which experts were averaged into the kept ones, and how; None for a pruned checkpoint.
         routers: tensors that decide the routing: to be left alone by whoever quantises afresh.
         plan: SHA-256 of the plan.
         versions: of the packages that decide the bytes.
@@ -117,6 +119,7 @@ class Manifest:
     plan: str
     versions: Mapping[str, str]
     digests: Mapping[str, str] | None = None
+    merging: Merging | None = None
 
     def save(self, out: Path) -> None:
         """Write `reapkit.json`, layers on a line each."""
@@ -142,7 +145,9 @@ class Manifest:
         if described.pop("format", None) != FORMAT:
             raise CheckpointError(f"{MANIFEST_NAME} in {out} is not in the format {FORMAT}")
         try:
-            digests, seed, base_model = (described.pop(name) for name in ("digests", "seed", "base_model"))
+            digests, seed, base_model, merging = (
+                described.pop(name) for name in ("digests", "seed", "base_model", "merging")
+            )
             result = cls(
                 source=Identity.from_json(described.pop("source")),
                 base_model=None if base_model is None else as_text(base_model),
@@ -163,6 +168,7 @@ class Manifest:
                 plan=as_text(described.pop("plan")),
                 versions=_texts(described.pop("versions")),
                 digests=None if digests is None else _texts(digests),
+                merging=None if merging is None else Merging.from_json(merging),
             )
             if described:
                 raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
@@ -187,11 +193,14 @@ def write(
     base_model: str | None = None,
     mtp: str | None = None,
     allow_missing_scales: bool = False,
+    merging: Merging | None = None,
+    orders: Orders | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the pruned checkpoint to a new folder, or go on where the same command was interrupted; with `dry_run`, only describe it.
 
+    With `merging`, the kept experts are averages of its groups, their neurons in `orders`.
     What the same command has finished is left as it is.
 
     Memory stays small whatever the size: byte ranges are copied by the kernel where it can.
@@ -212,7 +221,7 @@ def write(
         )
     if not allow_missing_scales:
         require_scales(layout, plan.kept)
-    shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize)
+    shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize, merging=merging, orders=orders)
     config = edits.edit_config(checkpoint, layout, plan.kept, drop_mtp=plan.drop_mtp, dequantize=dequantize)
     sidecars = edits.edit_sidecars(checkpoint, layout, plan.kept, dequantize=dequantize)
     copied = [name for name in checkpoint.sidecars if name not in sidecars]
@@ -224,6 +233,7 @@ def write(
         source=source,
         dequantize=dequantize,
         base_model=base_model,
+        merging=merging,
     )
     index = {
         "metadata": {"total_size": manifest.after.bytes},
@@ -288,6 +298,7 @@ def _describe(
     source: Identity,
     dequantize: bool,
     base_model: str | None,
+    merging: Merging | None,
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
     form = read_format(checkpoint)
@@ -310,7 +321,8 @@ def _describe(
         dequantized=dequantize,
         routers=tuple(name for name in layout.router_names if not (plan.drop_mtp and layout.is_mtp(name))),
         plan=hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest(),
-        versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize else ()))},
+        versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize or merging else ()))},
+        merging=merging,
     )
 
 
@@ -327,6 +339,7 @@ def _identity(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
         "shards": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "plan": manifest.plan,
         "dequantize": manifest.dequantized,
+        "merging": asdict(manifest)["merging"],
         "base_model": manifest.base_model,
         "versions": dict(manifest.versions),
     }
