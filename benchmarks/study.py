@@ -62,6 +62,7 @@ class Study:
         methods: only these; None runs all.
         calibrations: names in `calibration_data`.
         share: of the calibration rows, that a sample takes.
+        domains: whose prompts are replied to.
         prompts: per domain; None takes all.
         documents: of held-out text; None takes all.
         tokens: on which mergers measure similarity.
@@ -77,6 +78,7 @@ class Study:
     methods: tuple[str, ...] | None = None
     calibrations: tuple[str, ...] = ("all", "code")
     share: float = 0.5
+    domains: tuple[str, ...] = DOMAINS
     prompts: int | None = None
     documents: int | None = None
     tokens: int = 16_384
@@ -122,6 +124,7 @@ def reapkit(*words: object) -> Any:
 @functools.cache
 def options_of(verb: str) -> frozenset[str]:
     import typer
+
     from reapkit.cli import app
 
     parameters = typer.main.get_command(app).commands[verb].params  # type: ignore[attr-defined]
@@ -255,14 +258,15 @@ class Evaluator:
     """
 
     def __init__(self, study: Study) -> None:
-        from reapkit.calibration import load as load_text
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        from reapkit.calibration import load as load_text
 
         ALL_EXPERTS_FUNCTIONS.register(DENSE, dense_experts)
         self.study = study
         self.original, self.tokenizer = self.load(MODEL)
         rows = read_rows(HELDOUT)
-        self.rows = {name: [row for row in rows if row["domain"] == name][: study.prompts] for name in DOMAINS}
+        self.rows = {name: [row for row in rows if row["domain"] == name][: study.prompts] for name in study.domains}
         everything = load_text([str(HELDOUT)], self.tokenizer)
         documents = everything.documents
         if study.documents is not None:  # of every domain as many
@@ -518,7 +522,8 @@ def run(study: Study) -> bool:
     text = evaluator.fidelity(evaluator.original, None)
     if original not in done:
         exact = {
-            name: evaluator.score(name, evaluator.replies(evaluator.original, name, None)[0], pool) for name in DOMAINS
+            name: evaluator.score(name, evaluator.replies(evaluator.original, name, None)[0], pool)
+            for name in evaluator.rows
         }
         keep(original, {"settings": settings_of(study), "exact": exact, **text})
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -585,11 +590,11 @@ def prune_cells(
         batch, began = ready[start : start + size], time.time()
         device = evaluator.original.device
         masks = Masks.of([plans[cell] for cell in batch], num_experts=num_experts, device=device)
-        replies = {name: evaluator.replies(evaluator.original, name, masks) for name in DOMAINS}
+        replies = {name: evaluator.replies(evaluator.original, name, masks) for name in evaluator.rows}
         generated = time.time()
         for number, cell in enumerate(batch):
             alone = Masks.of([plans[cell]], num_experts=num_experts, device=device)
-            exact = {name: evaluator.score(name, replies[name][number], pool) for name in DOMAINS}
+            exact = {name: evaluator.score(name, replies[name][number], pool) for name in evaluator.rows}
             keep(cell, {"kind": "pruned", "exact": exact, **evaluator.fidelity(evaluator.original, alone)})
         report(
             f"{batch[0].calibration} {batch[0].seed}: {len(batch)} pruned cells, replies {generated - began:.1f} s, "
@@ -620,7 +625,7 @@ def merge_cells(
             return False
         folder, cell = future.result(), merging[future]
         model, _ = evaluator.load(folder)
-        exact = {name: evaluator.score(name, evaluator.replies(model, name, None)[0], pool) for name in DOMAINS}
+        exact = {name: evaluator.score(name, evaluator.replies(model, name, None)[0], pool) for name in evaluator.rows}
         keep(cell, {"kind": "merged", "exact": exact, **evaluator.fidelity(model, None)})
         del model
         shutil.rmtree(folder)
