@@ -4,6 +4,7 @@
 # make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
+# make study        every criterion and merger on the bundled model, made for a GPU; writes docs/study.md and its plots
 # make docs         run every family's checks and write docs/architectures.md from the results
 # make torture      kill compress 200 times at random moments (make test: 20 times); 100,000 strangers' files through every reader
 # make clean        remove what the above left
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint serve-check quantize-check docs torture bench clean
+.PHONY: demo test lint serve-check quantize-check docs torture bench study clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +56,10 @@ torture: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py
 	$(BIN)/python benchmarks/inventories.py
+
+study: $(INSTALLED)
+	$(BIN)/python benchmarks/study.py run --out out/study
+	$(BIN)/python benchmarks/study.py render --out out/study
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-quantize out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

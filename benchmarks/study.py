@@ -289,22 +289,29 @@ class Evaluator:
     # -- replies
 
     @torch.inference_mode()
-    def replies(self, model: Any, domain: str, masks: Masks | None) -> list[list[list[int]]]:
-        """Greedy replies as tokens, by variant and row: up to the end token, which is kept, or the domain's limit."""
-        rows, count = self.rows[domain], 1 if masks is None else masks.count
-        encode = functools.partial(self.tokenizer, add_special_tokens=False)
-        prompts = [encode(prompt_text(row, self.tokenizer)).input_ids for row in rows]
-        limit = self.limit(domain)
+    def replies(self, model: Any, domains: Sequence[str], masks: Masks | None) -> dict[str, list[list[list[int]]]]:
+        """Greedy replies as tokens, by domain, variant and row: up to the end token, which is kept, or the domain's limit."""
+        rows = [(domain, row) for domain in domains for row in self.rows[domain]]
+        prompts = [
+            self.tokenizer(prompt_text(row, self.tokenizer), add_special_tokens=False).input_ids for _, row in rows
+        ]
         width, pad, end = max(map(len, prompts)), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        count = 1 if masks is None else masks.count
         with masked(model, masks):
             output = model.generate(
                 ids.repeat(count, 1).to(model.device), attention_mask=mask.repeat(count, 1).to(model.device), do_sample=False,
-                temperature=None, top_p=None, top_k=None, eos_token_id=end, pad_token_id=pad, max_new_tokens=limit,
+                temperature=None, top_p=None, top_k=None, eos_token_id=end, pad_token_id=pad,
+                max_new_tokens=max(map(self.limit, domains)),
             )[:, width:].tolist()  # fmt: skip
-        cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in output]
-        return [cut[start : start + len(rows)] for start in range(0, len(cut), len(rows))]
+        found: dict[str, list[list[list[int]]]] = {domain: [[] for _ in range(count)] for domain in domains}
+        for place, tokens in enumerate(output):
+            variant, number = divmod(place, len(rows))
+            domain = rows[number][0]
+            ended = tokens.index(end) + 1 if end in tokens else len(tokens)
+            found[domain][variant].append(tokens[: min(ended, self.limit(domain))])
+        return found
 
     @functools.cache  # noqa: B019 - one evaluator lives as long as the process
     def limit(self, domain: str) -> int:
@@ -590,7 +597,8 @@ def prune_cells(
         batch, began = ready[start : start + size], time.time()
         device = evaluator.original.device
         masks = Masks.of([plans[cell] for cell in batch], num_experts=num_experts, device=device)
-        replies = {name: evaluator.replies(evaluator.original, name, masks) for name in evaluator.rows}
+        # One domain after the other, since the longest replies of one would keep the others waiting.
+        replies = {name: evaluator.replies(evaluator.original, [name], masks)[name] for name in evaluator.rows}
         generated = time.time()
         for number, cell in enumerate(batch):
             alone = Masks.of([plans[cell]], num_experts=num_experts, device=device)
@@ -625,7 +633,8 @@ def merge_cells(
             return False
         folder, cell = future.result(), merging[future]
         model, _ = evaluator.load(folder)
-        exact = {name: evaluator.score(name, evaluator.replies(model, name, None)[0], pool) for name in evaluator.rows}
+        replies = evaluator.replies(model, tuple(evaluator.rows), None)
+        exact = {name: evaluator.score(name, found[0], pool) for name, found in replies.items()}
         keep(cell, {"kind": "merged", "exact": exact, **evaluator.fidelity(model, None)})
         del model
         shutil.rmtree(folder)

@@ -64,11 +64,11 @@ def test_masked_variants_in_one_batch_compute_what_their_written_checkpoints_do(
     chosen = [plans.plan(study.MODEL, criterion="random", ratio=0.5, seed=seed) for seed in (1, 2)]
     kept = [{layer: list(experts) for layer, experts in plan.kept.items()} for plan in chosen]
     both = Masks.of(kept, num_experts=48, device="cpu")
-    together = evaluator.replies(evaluator.original, "arithmetic", both)
+    together = evaluator.replies(evaluator.original, ["arithmetic"], both)["arithmetic"]
     for number, plan in enumerate(chosen):
         prune(study.MODEL, plan, tmp_path / str(number))
         written, _ = evaluator.load(tmp_path / str(number))
-        assert evaluator.replies(written, "arithmetic", None) == [together[number]]
+        assert evaluator.replies(written, ["arithmetic", "lookup"], None)["arithmetic"] == [together[number]]
         alone = evaluator.fidelity(evaluator.original, Masks.of([kept[number]], num_experts=48, device="cpu"))
         found = evaluator.fidelity(written, None)
         for measure in ("kl", "top1"):
@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_models_own_scorer(evaluator: Evaluator) -> None
     wanted = score_model(evaluator.original, evaluator.tokenizer, rows, limit=None, batch_size=64)
     with ThreadPoolExecutor(1) as pool:
         for domain in evaluator.rows:
-            found = evaluator.score(domain, evaluator.replies(evaluator.original, domain, None)[0], pool)
+            found = evaluator.score(domain, evaluator.replies(evaluator.original, [domain], None)[domain][0], pool)
             assert found["right"] / found["count"] == wanted[domain]["value"]
 
 

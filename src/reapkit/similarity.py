@@ -30,7 +30,14 @@ from reapkit.experts import RoutedPairs, experts_of, running
 from reapkit.formats import decode
 from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
-from reapkit.observation import TOKENS_PER_BATCH, Observation, bytes_per_token, max_suspended, split_into_waves
+from reapkit.observation import (
+    Observation,
+    bytes_per_token,
+    default_budget,
+    max_suspended,
+    split_into_waves,
+    tokens_per_batch,
+)
 from reapkit.progress import Progress, silent
 from reapkit.tensors import read_header
 
@@ -110,10 +117,10 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
             hint="pruning them works: reapkit plan, reapkit prune",
         )
     data = _sample(observation.data, tokens)
-    parts = batches(data, tokens_per_batch=TOKENS_PER_BATCH[model.device.type])
+    parts = batches(data, tokens_per_batch=tokens_per_batch(model))
     waves = split_into_waves(
         parts,
-        budget=observation.budget,
+        budget=default_budget(model),
         bytes_per_token=bytes_per_token(model),
         max_batches=max_suspended(model.device),
     )
@@ -131,7 +138,10 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
 
         inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
         masks = [_Mask(torch.from_numpy(batch.mask_BT.reshape(-1)).to(model.device)) for batch in wave]
-        with _seen(model, sums), SuspendedForwards(model, inputs, images=images, observe=masks) as forwards:
+        with (
+            _seen(model, sums),
+            SuspendedForwards(model, inputs, images=images, observe=masks, keep_outputs=False) as forwards,
+        ):
             forwards.run_layers(after_batch)
     assert all(layer.tokens == data.num_tokens for layer in sums.values())
     settings = settings_of(observation, tokens=tokens)
