@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
-from families import FAMILIES, Family, make
+from families import FAMILIES, NUM_LAYERS, Family, make
 from reapkit import clusters, observe, plans, prune, shards, similarity, verify
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
@@ -495,6 +495,23 @@ def test_matching_neurons_needs_scipy_and_says_so(
     with pytest.raises(UnsupportedError, match="needs the package scipy") as caught:
         small.merge(tmp_path / "out", "ream")
     assert caught.value.hint == "pip install 'reapkit[merge]'"
+
+
+def test_mtp_layers_are_not_merged_and_keep_the_centres_of_the_last_layer(text: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "GLM-4.5")
+    source = tmp_path / "source"
+    make(family, source, mtp=True)
+    tiny.add_tokenizer(source)
+    statistics = observe(source, [text], run=RUN)
+    manifest = merge(source, statistics, tmp_path / "out", method="m-smoe", ratio=0.25, data=[text], run=RUN, tokens=50)
+    layer = max(manifest.kept)
+    assert manifest.merging is not None and layer == NUM_LAYERS and layer not in manifest.merging.groups
+    assert manifest.unmeasured == {layer: layer - 1} and manifest.kept[layer] == manifest.kept[layer - 1]
+    assert verify(tmp_path / "out").problems == ()
+    before, after = tiny.load_tensors(source), tiny.load_tensors(tmp_path / "out")
+    for place, centre in enumerate(manifest.kept[layer]):
+        name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
+        assert torch.equal(after[name.format(place)], before[name.format(centre)])
 
 
 def test_the_command_merges_says_what_becomes_of_quantised_weights_and_lists_its_methods(

@@ -120,6 +120,12 @@ def test_all_experts_at_once_compute_what_the_chosen_do(evaluator: Evaluator) ->
             one, other = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
             wanted[token] += weight * (experts.down_proj[expert] @ (torch.nn.functional.silu(one) * other))
     torch.testing.assert_close(study.dense_experts(experts, hidden, chosen, gate), wanted, rtol=1e-4, atol=1e-5)
+    ids = torch.randint(3, 2000, (2, 9), generator=generator)
+    with torch.inference_mode():
+        before = evaluator.original(ids).logits
+        evaluator.original.set_experts_implementation(study.DENSE)
+        torch.testing.assert_close(evaluator.original(ids).logits, before, rtol=1e-3, atol=1e-3)
+        evaluator.original.set_experts_implementation("grouped_mm")
 
 
 def test_a_reply_loops_when_its_end_is_one_block_three_times_over() -> None:
