@@ -30,7 +30,8 @@ class Mean:
     error: float
 
     def text(self, digits: int) -> str:
-        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+        """The figure; alone where there is one seed and nothing else that it could spread by."""
+        return f"{self.value:.{digits}f}" + ("" if math.isnan(self.error) else f" ± {self.error:.{digits}f}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Entry:
 
     def subspace(self, name: str) -> Mean:
         """A measure of the layers' outputs as a share of the original's."""
-        return mean_of([record["subspace"][name] for record in self.records], None)
+        values = [record["subspace"][name] for record in self.records]
+        return Mean(fmean(values), math.sqrt(between(values)) if len(values) > 1 else math.nan)
 
     def replies(self, what: str) -> float:
         """Share of replies that are `looping` or `unended`."""
@@ -94,8 +96,8 @@ def between(values: Sequence[float]) -> float:
     return variance(values) / len(values) if len(values) > 1 else 0.0
 
 
-def mean_of(values: Sequence[float], errors: Sequence[float] | None) -> Mean:
-    return Mean(fmean(values), math.sqrt(between(values) + (fmean(error**2 for error in errors) if errors else 0.0)))
+def mean_of(values: Sequence[float], errors: Sequence[float]) -> Mean:
+    return Mean(fmean(values), math.sqrt(between(values) + fmean(error**2 for error in errors)))
 
 
 class Results:
@@ -421,7 +423,7 @@ def draw(found: Results, docs: Path) -> None:
             figures = [value(entry) for entry in entries]
             is_shown = method in SHOWN
             axes.errorbar(
-                at, [mean.value for mean in figures], yerr=[mean.error for mean in figures] if is_shown else None,
+                at, [mean.value for mean in figures], yerr=[0.0 if math.isnan(mean.error) else mean.error for mean in figures] if is_shown else None,
                 color=SHOWN.get(method, "0.85"), label=method if is_shown else None, linewidth=1.6 if is_shown else 0.8,
                 linestyle="--" if method in MERGERS else "-", marker="o" if is_shown else None, markersize=3, capsize=2,
             )  # fmt: skip
