@@ -423,7 +423,7 @@ def draw(found: Results, docs: Path) -> None:
             figures = [value(entry) for entry in entries]
             is_shown = method in SHOWN
             axes.errorbar(
-                at, [mean.value for mean in figures], yerr=[0.0 if math.isnan(mean.error) else mean.error for mean in figures] if is_shown else None,
+                at, [mean.value for mean in figures], yerr=[mean.error for mean in figures] if is_shown else None,
                 color=SHOWN.get(method, "0.85"), label=method if is_shown else None, linewidth=1.6 if is_shown else 0.8,
                 linestyle="--" if method in MERGERS else "-", marker="o" if is_shown else None, markersize=3, capsize=2,
             )  # fmt: skip
