@@ -528,10 +528,8 @@ def run(study: Study) -> bool:
     original = Cell("-", 0, "original", "0")
     text = evaluator.fidelity(evaluator.original, None)
     if original not in done:
-        exact = {
-            name: evaluator.score(name, evaluator.replies(evaluator.original, name, None)[0], pool)
-            for name in evaluator.rows
-        }
+        replies = evaluator.replies(evaluator.original, tuple(evaluator.rows), None)
+        exact = {name: evaluator.score(name, found[0], pool) for name, found in replies.items()}
         keep(original, {"settings": settings_of(study), "exact": exact, **text})
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in left:
