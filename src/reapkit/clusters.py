@@ -17,6 +17,7 @@ import numpy as np
 from reapkit.criteria import reap
 from reapkit.errors import PlanError, UsageError, did_you_mean
 from reapkit.statistics import Array, LayerStatistics
+from reapkit.tensors import as_count, as_list, as_table, as_text, brief, read_layers
 
 # REAM's group size C: the paper's, and the released code's default.
 MAX_GROUP = 16
@@ -66,6 +67,15 @@ class Group:
     def centre(self) -> int:
         return self.members[0]
 
+    @classmethod
+    def from_json(cls, described: Any) -> Group:
+        """Raise ValueError unless there is a finite share for every member."""
+        members, weights = (as_list(as_table(described)[name]) for name in ("members", "weights"))
+        shares = tuple(weight for weight in weights if type(weight) is float and 0 <= weight <= 1)
+        if not members or len(shares) != len(members) or len(weights) != len(members):
+            raise ValueError(f"{brief(described)} is no group of experts with a share for each")
+        return cls(tuple(map(as_count, members)), shares)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -110,17 +120,27 @@ class Merging:
         return {layer: tuple(group.centre for group in groups) for layer, groups in self.groups.items()}
 
     @classmethod
-    def from_json(cls, described: Mapping[str, Any]) -> Merging:
+    def from_json(cls, described: Any) -> Merging:
         """Read what `dataclasses.asdict` gave, through JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: it is damaged.
+            KeyError, ValueError: it is damaged.
         """
-        groups = {
-            int(layer): tuple(Group(tuple(group["members"]), tuple(group["weights"])) for group in groups)
-            for layer, groups in described["groups"].items()
-        }
-        return cls(**{**described, "groups": groups})
+        entries = as_table(described)
+        method, router = as_text(entries["method"]), as_text(entries["router"])
+        if method not in METHODS or router not in ROUTERS:
+            raise ValueError(f"experts are not merged by {brief(method)} with routers by {brief(router)}")
+        return cls(
+            method=method,
+            router=router,
+            groups={
+                layer: tuple(Group.from_json(group) for group in as_list(groups))
+                for layer, groups in read_layers(entries["groups"])
+            },
+            tokens=as_count(entries["tokens"]),
+            digest=as_text(entries["digest"]),
+            alignment=as_text(entries["alignment"]),
+        )
 
 
 def merge_layer(
