@@ -5,6 +5,7 @@
 # make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
+# make study        every criterion and merger on the bundled model, made for a GPU; writes docs/study.md and its plots
 # make docs         run every family's checks and write docs/architectures.md from the results
 # make hub-check    prune MiniMax-M2's 96,103 tensors from a hub on loopback, and print the bytes that docs/hub.md shows
 # make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test lint serve-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench clean
+.PHONY: demo test lint serve-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench study clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -91,6 +92,10 @@ budget: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/observe_memory.py
 	$(BIN)/python benchmarks/inventories.py
+
+study: $(INSTALLED)
+	$(BIN)/python benchmarks/study.py run --out out/study
+	$(BIN)/python benchmarks/study.py render --out out/study
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-quantize out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -25,10 +25,10 @@ Each family has a tiny checkpoint, built by transformers and written with the ve
 It goes through the checks listed below the table. {passed} of {total} checks pass{skipped}. Real checkpoints of these families have not
 been run here: their layouts come from the loaders of transformers and vLLM and from published inventories.
 
-`observe` and `prune` say what works. A release that transformers has no class for is pruned by a plan made elsewhere. Merging is not
-there yet. [Every on-disk format](formats.md) can be pruned, and those that reapkit can compute with observed, whatever the family.
-MTP layers that have experts are measured where transformers can run them, and otherwise pruned with the kept set of the last decoder
-layer or of one that `--mtp` names; `--mtp drop` removes them.
+`observe` and `prune` say what works. A release that transformers has no class for is pruned by a plan made elsewhere. What can
+be observed can be merged, but for Llama-4. [Every on-disk format](formats.md) can be pruned, and those that reapkit can compute with
+observed, whatever the family. MTP layers that have experts are measured where transformers can run them, and otherwise pruned with
+the kept set of the last decoder layer or of one that `--mtp` names; `--mtp drop` removes them.
 
 | family | `model_type` | routing | observe | prune | MTP experts | checks passed |
 |---|---|---|---|---|---|---|

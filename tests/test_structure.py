@@ -17,12 +17,13 @@ SOURCE = Path(reapkit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
     ("hub", "sources", "checkpoint", "quantization", "layout", "architectures", "geometry", "dialects"),
-    ("statistics", "criteria", "plans"),
+    ("statistics", "criteria", "plans", "clusters"),
     (
         "calibration",
         "kernels",
         "fusion",
         "formats",
+        "neurons",
         "experts",
         "activations",
         "modules",
@@ -32,10 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inventory",
         "capacity",
         "observation",
+        "similarity",
         "fidelity",
     ),
     ("serving", "cards", "edits", "landing", "shards", "verification"),
-    ("compression", "publishing", "servers", "probes", "reporting", "cli"),
+    ("compression", "merging", "publishing", "servers", "probes", "reporting", "cli"),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}

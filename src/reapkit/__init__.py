@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reapkit.errors import ReapkitError
     from reapkit.fidelity import Fidelity, compare
     from reapkit.inventory import Inventory, inspect
+    from reapkit.merging import merge
     from reapkit.observation import Run, observe
     from reapkit.plans import PruningPlan, choose, plan
     from reapkit.publishing import push
@@ -31,6 +32,7 @@ _HOMES = {
     "ReapkitError": "errors",
     "Fidelity": "fidelity", "compare": "fidelity",
     "Inventory": "inventory", "inspect": "inventory",
+    "merge": "merging",
     "Run": "observation", "observe": "observation",
     "PruningPlan": "plans", "choose": "plans", "plan": "plans",
     "Deployment": "serving", "serve": "serving",
@@ -41,7 +43,7 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "Compression", "Deployment", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "observe", "plan", "prune", "push", "report", "serve", "verify",
+    "choose", "combine", "compare", "compress", "inspect", "merge", "observe", "plan", "prune", "push", "report", "serve", "verify",
 ]  # fmt: skip
 
 

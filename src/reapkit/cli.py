@@ -140,7 +140,7 @@ def _verb(function: Function) -> Function:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interruption:
-            resumes = function.__name__ in ("observe", "prune", "compress")
+            resumes = function.__name__ in ("observe", "prune", "merge", "compress")
             _note(
                 "interrupted" + ("; the same command goes on after the last finished wave or file" if resumes else "")
             )
@@ -407,6 +407,70 @@ def prune(
         if moved is not None and moved.moved_bytes:
             of_it = f"{_size(moved.kept_bytes)} of it kept, in {moved.requests:,} ranges"
             _note(f"would move {_size(moved.moved_bytes)} from the hub, {of_it}")
+        _note_output(manifest)
+
+
+@_verb
+def merge(
+    source: Source,
+    statistics: Annotated[Path, typer.Argument(metavar="STATS", help="statistics of SRC")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
+    ],
+    method: Annotated[str, typer.Option(metavar="M", help="how experts are merged; see reapkit list methods")],
+    ratio: Ratio = None,
+    keep: Keep = None,
+    router: Annotated[
+        str | None, typer.Option(metavar="R", help="router rows of a group: their average, or the centre's own")
+    ] = None,
+    data: Data = ["reap-mix"],  # noqa: B006
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="of the text, on which the similarity of experts is measured")
+    ] = 16_384,
+    activation_budget: Budget = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_length: MaxLength = 2048,
+    seed: Seed = 0,
+    base_model: BaseModel = None,
+    mtp: Mtp = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a checkpoint whose experts are averages of groups: the baselines that pruning is compared with."""
+    from reapkit.merging import merge
+
+    with _progress(quiet) as progress:
+        manifest = merge(
+            source,
+            statistics,
+            output,
+            method=method,
+            ratio=ratio,
+            keep=keep,
+            router=router,
+            data=data,
+            tokens=tokens,
+            run=_run(device, dtype, activation_budget, trust_remote_code),
+            max_length=max_length,
+            seed=seed,
+            base_model=base_model,
+            mtp=mtp,
+            revision=revision,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(asdict(manifest))
+    elif not quiet:
+        verb = "would write" if dry_run else "wrote"
+        _note(f"{verb} {_escape(str(output))}: {_shrinking(manifest)}")
+        if manifest.dequantized:
+            _note("the source is quantised, and averages are not: everything is written in bf16")
         _note_output(manifest)
 
 
@@ -778,7 +842,7 @@ def push(
 
 @_verb
 def list_(
-    what: Annotated[str, typer.Argument(metavar="architectures|criteria|gpus", help="what to list")],
+    what: Annotated[str, typer.Argument(metavar="architectures|criteria|methods|gpus", help="what to list")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -806,6 +870,7 @@ def list_(
 def _listings() -> dict[str, list[dict[str, Any]]]:
     from reapkit import gpus
     from reapkit.architectures import ARCHITECTURES, described
+    from reapkit.clusters import METHODS
     from reapkit.criteria import CRITERIA, RANDOM
 
     criteria = [
@@ -815,7 +880,17 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
         {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
     )
     architectures = [described(entry) for entry in ARCHITECTURES]
-    return {"architectures": architectures, "criteria": criteria, "gpus": [gpus.described(gpu) for gpu in gpus.GPUS]}
+    methods = [
+        {
+            "method": name,
+            "merges": (method.group.__doc__ or "").partition("\n\n")[0].replace("\n    ", " "),
+            "matches neurons by": method.alignment or "-",
+            "router": method.router,
+        }
+        for name, method in METHODS.items()
+    ]
+    cards = [gpus.described(gpu) for gpu in gpus.GPUS]
+    return {"architectures": architectures, "criteria": criteria, "methods": methods, "gpus": cards}
 
 
 def _version(value: bool) -> None:

@@ -28,6 +28,9 @@ from reapkit.tensors import DTYPE_BITS, TensorInfo, nbytes, parse_json
 if TYPE_CHECKING:
     import torch
 
+    from reapkit.clusters import Group, Merging
+    from reapkit.neurons import Place
+
 # Tables of config.json that do not describe the language model.
 _OTHER_TABLE = re.compile(r"vision|audio|image|video|speech|quantization_config")
 # Files beside config.json in which quantisers describe what they did.
@@ -86,6 +89,34 @@ class Dequantize:
     format: Format
 
 
+Orders = Mapping[int, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """Weighted averages of experts' values.
+
+    Attributes:
+        info: the tensor, of experts with tensors of their own the centre's.
+        members: by expert, the tensors that are averaged; empty where `info` holds all experts.
+        stacked: how `info` holds all experts, else None.
+        groups: what becomes one, in the order of the output; a single one unless `info` holds all experts.
+        place: where an expert's neurons lie in it; None where they are averaged as they lie.
+        order_EI: by layer-wide expert number, in which order an expert's neurons match its centre's.
+        format: how the values are stored.
+        dtype: of the result.
+    """
+
+    info: TensorInfo
+    members: Mapping[int, TensorInfo]
+    stacked: StackedTensor | None
+    groups: tuple[Group, ...]
+    place: Place | None
+    order_EI: np.ndarray[Any, Any] | None
+    format: Format
+    dtype: str
+
+
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
     """One tensor of the output and where its bytes come from."""
@@ -93,7 +124,7 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: Copy | Take | Dequantize
+    source: Copy | Take | Dequantize | Combine
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +137,19 @@ class OutputTensor:
 
 
 def outputs(
-    checkpoint: Checkpoint, layout: MoELayout, plan: PruningPlan, *, dequantize: bool = False
+    checkpoint: Checkpoint,
+    layout: MoELayout,
+    plan: PruningPlan,
+    *,
+    dequantize: bool = False,
+    merging: Merging | None = None,
+    orders: Orders | None = None,
 ) -> dict[str, list[OutputTensor]]:
     """The output's tensors by shard: one shard per source shard that still has any, tensors in their order there.
 
     Kept experts are numbered anew from 0 in their original order; router rows and selection biases follow the same order. With
     `dequantize` a quantised weight becomes bf16 in the shard where the weight lies, its scales vanish, and all else stays as it is.
+    With `merging`, whose centres the plan keeps, a kept expert is the average of its group; `orders` gives the neurons' by layer.
 
     Raises:
         UsageError: `dequantize` on a checkpoint that is not quantised.
@@ -120,6 +158,7 @@ def outputs(
     """
     form = _format_to_dequantize(checkpoint) if dequantize else None
     rank = {layer: {expert: i for i, expert in enumerate(kept)} for layer, kept in plan.kept.items()}
+    combined = None if merging is None else _Combined(checkpoint, layout, merging, orders or {})
     by_source: dict[str, list[OutputTensor]] = {}
     for name, info in checkpoint.tensors.items():
         if (form is not None and form.is_companion(name)) or (plan.drop_mtp and layout.is_mtp(name)):
@@ -143,6 +182,9 @@ def outputs(
                 )
             source = _take(stacked, plan.kept[layer])
             shape = stacked.cut(shape, plan.num_kept)
+        if combined is not None and (merged := combined.source(info, "BF16" if companions else info.dtype)) is not None:
+            by_source.setdefault(info.file, []).append(OutputTensor(name, merged.dtype, shape, merged))
+            continue
         output = (
             OutputTensor(name, "BF16", shape, Dequantize(source, companions, form))
             if form is not None and companions
@@ -154,6 +196,50 @@ def outputs(
         f"model-{number:05d}-of-{count:05d}.safetensors": tensors
         for number, tensors in enumerate(by_source.values(), start=1)
     }
+
+
+class _Combined:
+    """Which tensors of the output are averages."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: MoELayout, merging: Merging, orders: Orders) -> None:
+        from reapkit.neurons import ExpertTensors
+
+        self._checkpoint, self._layout, self._merging, self._orders = checkpoint, layout, merging, orders
+        self._form = read_format(checkpoint)
+        self._layers = {layer.index: layer for layer in layout.layers}
+        self._group_of = {
+            (index, group.centre): group
+            for index, groups in merging.groups.items()
+            for group in groups
+            if len(group.members) > 1
+        }
+        self._places = {
+            index: ExpertTensors(checkpoint, layout, self._layers[index], self._form).places for index in orders
+        }
+
+    def source(self, info: TensorInfo, dtype: str) -> Combine | None:
+        """The averages that a tensor becomes; None where it is written as in pruning."""
+        if info.name in self._layout.expert_of:
+            index, expert = self._layout.expert_of[info.name]
+            if (group := self._group_of.get((index, expert))) is None:
+                return None
+            experts = self._layers[index].experts
+            rest = next(rest for rest, other in experts[expert].items() if other.name == info.name)
+            members = {member: experts[member][rest] for member in group.members}
+            place = self._places[index][rest] if index in self._places else None
+            return Combine(info, members, None, (group,), place, self._orders.get(index), self._form, dtype)
+        if info.name not in self._layout.stacked_of:
+            return None
+        index, stacked = self._layout.stacked_of[info.name]
+        groups = self._merging.groups.get(index, ())
+        if all(len(group.members) == 1 for group in groups):
+            return None
+        if stacked.role == "expert":
+            place = self._places[index][info.name] if index in self._places else None
+            return Combine(info, {}, stacked, groups, place, self._orders.get(index), self._form, dtype)
+        if self._merging.router == "average":
+            return Combine(info, {}, stacked, groups, None, None, self._form, dtype)
+        return None
 
 
 def _format_to_dequantize(checkpoint: Checkpoint) -> Format:
@@ -185,8 +271,10 @@ def spans(source: Copy | Take) -> Iterator[tuple[int, int]]:
         yield start, start + source.entry_bytes
 
 
-def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
+def compute(checkpoint: Checkpoint, source: Take | Dequantize | Combine) -> memoryview:
     """The bytes of an output tensor that is not a sequence of byte ranges."""
+    if isinstance(source, Combine):
+        return _combine(checkpoint, source)
     if isinstance(source, Take):
         stored = np.frombuffer(checkpoint.read(source.info), np.uint8)
         blocks = stored.reshape(source.num_blocks, source.num_entries, source.entry_bytes)
@@ -199,6 +287,34 @@ def compute(checkpoint: Checkpoint, source: Take | Dequantize) -> memoryview:
     if isinstance(source.weight, Take):
         values = take_values(values, source.weight.axis, source.weight.num_entries, source.weight.entries)
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _combine(checkpoint: Checkpoint, source: Combine) -> memoryview:
+    import torch
+
+    from reapkit.formats import TORCH_DTYPES, decode
+    from reapkit.neurons import average, join_experts, split_experts
+
+    dtype = TORCH_DTYPES[source.dtype]
+    stored = decode(checkpoint, source.info, format=source.format)
+    parts = split_experts(stored, source.stacked) if source.stacked is not None else []
+
+    def values(member: int, centre: int) -> torch.Tensor:
+        part = parts[member] if parts else decode(checkpoint, source.members[member], format=source.format)
+        if source.place is None or source.order_EI is None or member == centre:
+            return part.float()
+        return source.place.reorder(part.float(), torch.from_numpy(source.order_EI[member]).long())
+
+    results = [
+        average([values(member, group.centre) for member in group.members], group.weights).to(dtype)
+        for group in source.groups
+    ]
+    if source.stacked is None:
+        (result,) = results
+    else:
+        zero_experts = [part.to(dtype) for part in parts[source.stacked.num_experts :]]
+        result = join_experts([*results, *zero_experts], source.stacked, num_dimensions=stored.ndim)
+    return result.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def take_values(values: torch.Tensor, axis: int, num_entries: int, entries: Sequence[int]) -> torch.Tensor:

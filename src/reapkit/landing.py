@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reapkit import edits
 from reapkit.checkpoint import Checkpoint
-from reapkit.edits import Copy, Dequantize, OutputTensor, Take
+from reapkit.edits import Combine, Copy, Dequantize, OutputTensor, Take
 from reapkit.errors import HubError
 from reapkit.hub import RESUME
 from reapkit.interrupts import deferred, safe_point
@@ -224,6 +224,7 @@ def _tasks(remote: Remote, tensors: Sequence[OutputTensor], place: int) -> list[
                     pieces.append(_Piece(start, stop, place))
                 place += stop - start
         else:
+            assert not isinstance(source, Combine), "merging refuses what is not here"
             tasks.append(_Task(0, 0, (), ((place, place + tensor.nbytes),), computed=source))
             place += tensor.nbytes
     pieces.sort(key=lambda piece: piece.start)

@@ -87,6 +87,8 @@ class Architecture:
         topk_groups_key: name of the number of groups that a token may choose from.
         num_zero_experts_key: name of the number of zero experts.
         unpruned: patterns of tensors under a block that pruning leaves alone (shared experts).
+        interleaved: whether gate and up of a neuron lie side by side where one tensor holds both.
+        runs_own_experts: whether transformers runs its experts where other tokens cannot be sent to them, so that they are not merged.
         runs_as: the model type by which transformers runs it, where that is another's.
         not_in_transformers: those of the model types that transformers has no class for, so that they are only pruned.
         caution: a sentence on what text alone cannot measure.
@@ -108,6 +110,8 @@ class Architecture:
     topk_groups_key: str | None = None
     num_zero_experts_key: str | None = None
     unpruned: tuple[str, ...] = ()
+    interleaved: bool = False
+    runs_own_experts: bool = False
     runs_as: str | None = None
     not_in_transformers: tuple[str, ...] = ()
     caution: str | None = None

@@ -218,7 +218,7 @@ class StreamedModel:
 
     def _shared_with_mtp(self) -> list[TensorInfo]:
         embeddings = self.module.get_input_embeddings()
-        return [info for info in self._entry if self._owner(info.name) is embeddings]
+        return [info for info in self._entry if self.owner_of(info.name) is embeddings]
 
     def load_mtp(self, tensors: dict[str, Tensor]) -> None:
         """Put the MTP layers and the input embeddings into the model."""
@@ -374,14 +374,15 @@ class StreamedModel:
         head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         entry, exit_ = [], []
         for info in outer:
-            owner = self._owner(info.name)
+            owner = self.owner_of(info.name)
             if owner is head or (owner is embeddings and self._is_tied):
                 exit_.append(info)
             if owner is not head:
                 entry.append(info)
         return entry, exit_
 
-    def _owner(self, name: str) -> nn.Module | None:
+    def owner_of(self, name: str) -> nn.Module | None:
+        """The module that a tensor on disk belongs to; None where transformers does not run it."""
         try:
             owner: nn.Module = self.module.get_submodule(self._in_memory_name(name).rpartition(".")[0])
         except AttributeError:  # something that transformers does not run, such as an MTP layer

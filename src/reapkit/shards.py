@@ -25,7 +25,8 @@ from typing import Any
 from reapkit import cards, edits, landing
 from reapkit.cards import CARD_NAME, Subject
 from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
-from reapkit.edits import Copy, OutputTensor, Take
+from reapkit.clusters import Merging
+from reapkit.edits import Copy, Orders, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.landing import Transfer
@@ -99,6 +100,7 @@ class Manifest:
         observed_layout: the layout's fingerprint of the checkpoint that the plan was made from: the source's own, or that of a sibling
             in another format with the same routers.
         dequantized: whether quantised weights became bf16.
+        merging: which experts were averaged into the kept ones, and how; None for a pruned checkpoint.
         routers: tensors that decide the routing: to be left alone by whoever quantises afresh.
         plan: SHA-256 of the plan.
         versions: of the packages that decide the bytes.
@@ -121,6 +123,7 @@ class Manifest:
     plan: str
     versions: Mapping[str, str]
     digests: Mapping[str, str] | None = None
+    merging: Merging | None = None
 
     def save(self, out: Path) -> None:
         """Write `reapkit.json`, layers on a line each."""
@@ -146,7 +149,9 @@ class Manifest:
         if described.pop("format", None) != FORMAT:
             raise CheckpointError(f"{MANIFEST_NAME} in {out} is not in the format {FORMAT}")
         try:
-            digests, seed, base_model = (described.pop(name) for name in ("digests", "seed", "base_model"))
+            digests, seed, base_model, merging = (
+                described.pop(name) for name in ("digests", "seed", "base_model", "merging")
+            )
             result = cls(
                 source=Identity.from_json(described.pop("source")),
                 base_model=None if base_model is None else as_text(base_model),
@@ -167,6 +172,7 @@ class Manifest:
                 plan=as_text(described.pop("plan")),
                 versions=_texts(described.pop("versions")),
                 digests=None if digests is None else _texts(digests),
+                merging=None if merging is None else Merging.from_json(merging),
             )
             if described:
                 raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
@@ -191,11 +197,14 @@ def write(
     base_model: str | None = None,
     mtp: str | None = None,
     allow_missing_scales: bool = False,
+    merging: Merging | None = None,
+    orders: Orders | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the pruned checkpoint to a new folder, or go on where the same command was interrupted; with `dry_run`, only describe it.
 
+    With `merging`, the kept experts are averages of its groups, their neurons in `orders`.
     What the same command has finished is left as it is.
 
     Memory stays small whatever the size: byte ranges are copied by the kernel where it can.
@@ -216,7 +225,7 @@ def write(
         )
     if not allow_missing_scales:
         require_scales(layout, plan.kept)
-    shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize)
+    shards = edits.outputs(checkpoint, layout, plan, dequantize=dequantize, merging=merging, orders=orders)
     config = edits.edit_config(checkpoint, layout, plan.kept, drop_mtp=plan.drop_mtp, dequantize=dequantize)
     sidecars = edits.edit_sidecars(checkpoint, layout, plan.kept, dequantize=dequantize)
     copied = [name for name in checkpoint.sidecars if name not in sidecars]
@@ -228,6 +237,7 @@ def write(
         source=source,
         dequantize=dequantize,
         base_model=base_model,
+        merging=merging,
     )
     index = {
         "metadata": {"total_size": manifest.after.bytes},
@@ -308,6 +318,7 @@ def _describe(
     source: Identity,
     dequantize: bool,
     base_model: str | None,
+    merging: Merging | None,
 ) -> Manifest:
     tensors = [tensor for tensors in shards.values() for tensor in tensors]
     form = read_format(checkpoint)
@@ -330,7 +341,8 @@ def _describe(
         dequantized=dequantize,
         routers=tuple(name for name in layout.router_names if not (plan.drop_mtp and layout.is_mtp(name))),
         plan=hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest(),
-        versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize else ()))},
+        versions={name: version(name) for name in ("reapkit", *(("torch",) if dequantize or merging else ()))},
+        merging=merging,
     )
 
 
@@ -347,6 +359,7 @@ def _identity(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
         "shards": {file: list(source.stamp(file)) for file in checkpoint.files},
         "plan": manifest.plan,
         "dequantize": manifest.dequantized,
+        "merging": asdict(manifest)["merging"],
         "base_model": manifest.base_model,
         "versions": dict(manifest.versions),
     }

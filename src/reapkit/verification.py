@@ -35,9 +35,11 @@ from reapkit.checkpoint import (
     shard_path,
     walk,
 )
+from reapkit.clusters import Group
 from reapkit.errors import CheckpointError, ReapkitError
 from reapkit.landing import Landed
-from reapkit.layout import Identity, MoELayout, StackedTensor, resolve
+from reapkit.layout import Identity, MoELayer, MoELayout, StackedTensor, resolve
+from reapkit.neurons import ExpertTensors, Place, read_orders
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
 from reapkit.quantization import Format, read_format
@@ -110,6 +112,8 @@ def verify(
     if original is not None:
         checkpoint, layout = original
         expected = _expected_tensors(checkpoint, layout, manifest)
+        if manifest.merging is not None:
+            expected = _merged(checkpoint, layout, manifest, expected, out)
         found.compare_tables(expected)
         found.compare_config(
             edits.edit_config(
@@ -172,6 +176,7 @@ class _Expected:
         stacked: the experts' dimension, where only some of them are kept; else None.
         kept: those experts.
         dequantized: the format whose values are to be bf16; None where bytes are compared.
+        average: whose weighted average it is; None where it is the source's own.
     """
 
     info: TensorInfo
@@ -180,6 +185,26 @@ class _Expected:
     stacked: StackedTensor | None = None
     kept: tuple[int, ...] = ()
     dequantized: Format | None = None
+    average: _Average | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Average:
+    """Of which experts a tensor is the average.
+
+    Attributes:
+        groups: in the order of the output.
+        members: tensors by expert, where each has one of its own.
+        place: where neurons lie in it, None where they are averaged as they lie.
+        order_EI: the orders in which neurons match.
+        format: how the source stores the values.
+    """
+
+    groups: tuple[Group, ...]
+    members: Mapping[int, TensorInfo]
+    place: Place | None
+    order_EI: np.ndarray[Any, Any] | None
+    format: Format
 
 
 def _open_source(
@@ -256,6 +281,51 @@ def _dequantized(checkpoint: Checkpoint, expected: Mapping[str, _Expected]) -> I
         if item.stacked is not None:
             shape = tuple(item.shape[i] if i == item.stacked.axis else size for i, size in enumerate(shape))
         yield renamed, replace(item, dtype="BF16", shape=shape, dequantized=form)
+
+
+def _merged(
+    checkpoint: Checkpoint, layout: MoELayout, manifest: Manifest, expected: Mapping[str, _Expected], out: Path
+) -> dict[str, _Expected]:
+    """The same with averages where several experts became one."""
+    merging = manifest.merging
+    assert merging is not None
+    orders = read_orders(out, merging, layout.num_experts)
+    form = read_format(checkpoint)
+    averaged: dict[str, tuple[MoELayer, tuple[Group, ...], str]] = {}
+    for layer in layout.layers:
+        groups = merging.groups.get(layer.index, ())
+        _require_whole(layer.index, groups, manifest, layout)
+        several = [group for group in groups if len(group.members) > 1]
+        for group in several:
+            for rest, info in layer.experts[group.centre].items() if layer.experts else ():
+                averaged[info.name] = (layer, (group,), rest)
+        for stacked in layer.stacked if several else ():
+            if stacked.role == "expert" or merging.router == "average":
+                averaged[stacked.info.name] = (layer, groups, stacked.info.name)
+    places = {index: ExpertTensors(checkpoint, layout, next(layer for layer in layout.layers if layer.index == index), form).places
+              for index in orders}  # fmt: skip
+    result = dict(expected)
+    for name, item in expected.items():
+        if item.info.name not in averaged:
+            continue
+        layer, groups, key = averaged[item.info.name]
+        members = {e: layer.experts[e][key] for e in groups[0].members} if item.stacked is None else {}
+        is_expert = item.stacked is None or item.stacked.role == "expert"
+        place = places[layer.index][key] if is_expert and layer.index in places else None
+        average = _Average(groups, members, place, orders.get(layer.index), form)
+        result[name] = replace(item, average=average)
+    return result
+
+
+def _require_whole(index: int, groups: Sequence[Group], manifest: Manifest, layout: MoELayout) -> None:
+    """Raise CheckpointError unless a layer's groups hold every expert once, around the kept ones."""
+    if not groups:  # an MTP layer, which nothing measured
+        return
+    members = sorted(member for group in groups for member in group.members)
+    if members != list(range(layout.num_experts)) or tuple(group.centre for group in groups) != manifest.kept[index]:
+        raise CheckpointError(
+            f"the groups that the manifest lists for layer {index} do not hold every expert once, around the kept ones"
+        )
 
 
 @dataclass
@@ -425,7 +495,9 @@ class _Output:
 
 def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearray | memoryview]:
     """The bytes that a tensor of the output should have; whole tensors are copied in pieces, so that memory stays small."""
-    if item.dequantized is not None:
+    if item.average is not None:
+        yield _average(checkpoint, item, item.average)
+    elif item.dequantized is not None:
         import torch
 
         from reapkit.formats import decode
@@ -455,7 +527,9 @@ def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearr
 def _segments(item: _Expected) -> list[tuple[int, int]] | None:
     """The byte ranges of the source that a tensor should consist of, in order; None where it is no sequence of ranges."""
     info, stacked = item.info, item.stacked
-    if item.dequantized is not None or (stacked is not None and math.prod(info.shape[: stacked.axis]) != 1):
+    if item.dequantized is not None or item.average is not None:
+        return None
+    if stacked is not None and math.prod(info.shape[: stacked.axis]) != 1:
         return None
     if stacked is None:
         return [(info.start, info.stop)]
@@ -563,6 +637,41 @@ class _Received:
             )
 
 
+def _average(checkpoint: Checkpoint, item: _Expected, average: _Average) -> memoryview:
+    """The averages, each group's added up in float32 in the order of its members and rounded once."""
+    import torch
+
+    from reapkit.formats import TORCH_DTYPES, decode
+
+    whole = decode(checkpoint, item.info, format=average.format) if item.stacked is not None else None
+    pieces = []
+    for group in average.groups:
+        total = None
+        for member, weight in zip(group.members, group.weights, strict=True):
+            if whole is None:
+                values = decode(checkpoint, average.members[member], format=average.format).float()
+                squeezed = values
+            else:
+                assert item.stacked is not None
+                rows = whole.shape[item.stacked.axis] // item.stacked.num_entries
+                values = whole.narrow(item.stacked.axis, member * rows, rows).float()
+                squeezed = values.squeeze(item.stacked.axis) if rows == 1 and values.ndim > 1 else values
+            if average.place is not None and average.order_EI is not None and member != group.centre:
+                order_I = torch.from_numpy(average.order_EI[member]).long()
+                values = average.place.reorder(squeezed, order_I).reshape(values.shape)
+            total = values * weight if total is None else total + values * weight
+        assert total is not None
+        pieces.append(total.to(TORCH_DTYPES[item.dtype]))
+    if item.stacked is not None:
+        assert whole is not None
+        entries = whole.tensor_split(item.stacked.num_entries, dim=item.stacked.axis)
+        pieces += [entry.to(TORCH_DTYPES[item.dtype]) for entry in entries[item.stacked.num_experts :]]
+        result = torch.cat(pieces, dim=item.stacked.axis)
+    else:
+        (result,) = pieces
+    return result.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _entries(stacked: StackedTensor, kept: Sequence[int]) -> list[int]:
     """The kept experts, and whatever follows the experts."""
     return [*kept, *range(stacked.num_experts, stacked.num_entries)]
@@ -580,6 +689,8 @@ def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
 
 
 def _describe_difference(info: TensorInfo, item: _Expected) -> str:
+    if item.average is not None:
+        return f"{info.name!r} in {info.file} is not the average of the source's experts that the manifest says"
     if item.dequantized is not None:
         return f"{info.name!r} in {info.file} is not the dequantised {item.info.name!r} of the source"
     if item.stacked is not None:
