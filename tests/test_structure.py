@@ -16,8 +16,8 @@ SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors"),
-    ("checkpoint", "quantization", "layout", "architectures"),
-    ("statistics", "criteria", "plans"),
+    ("checkpoint", "quantization", "selection", "layout", "architectures"),
+    ("statistics", "criteria", "elimination", "samples", "plans"),
     (
         "calibration",
         "kernels",
@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sums",
         "ranks",
         "inventory",
+        "rerouting",
         "observation",
         "fidelity",
     ),

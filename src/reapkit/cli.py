@@ -99,6 +99,15 @@ AllowMissingScales = Annotated[
     bool, typer.Option("--allow-missing-scales", help="go on where a kept expert lacks a scale that others have")
 ]
 BaseModel = Annotated[str | None, typer.Option(metavar="ID", help="hub id to record as the parent")]
+RerouteTokens = Annotated[
+    int, typer.Option(metavar="N", min=0, help="sample N tokens for the criterion reroute, into a file beside the statistics: 32768")
+]  # fmt: skip
+RerouteCandidates = Annotated[
+    int, typer.Option(metavar="C", min=2, help="best-ranked experts that are run on each sampled token")
+]
+Weights = Annotated[
+    str, typer.Option(metavar="W", help="of tokens under reroute: residual, relative, plain, each also with -balanced")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
 ]
@@ -206,6 +215,8 @@ def observe(
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
     seed: Seed = 0,
+    reroute_tokens: RerouteTokens = 0,
+    reroute_candidates: RerouteCandidates = 16,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
@@ -217,13 +228,17 @@ def observe(
     from reapkit.observation import Observation
     from reapkit.outputs import require_target
     from reapkit.ranks import Ranks
+    from reapkit.rerouting import Reroute
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations)
     ranks = Ranks.from_environment()
     # Of several ranks one speaks; all say what went wrong.
     quiet = quiet or ranks.rank > 0
-    observation = Observation(source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks)
+    reroute = Reroute(reroute_tokens, reroute_candidates) if reroute_tokens else None
+    observation = Observation(
+        source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks, reroute=reroute
+    )
     sources = [source.to_json() for source in observation.data.sources]
     _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
@@ -277,6 +292,7 @@ def plan(
     criterion: CriterionOption = "reap",
     ratio: Ratio = None,
     keep: Keep = None,
+    weights: Weights = "residual",
     seed: Seed = 0,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -287,7 +303,11 @@ def plan(
     """Choose the experts that stay; takes seconds and no device."""
     from reapkit.plans import choose
 
-    choice = choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision)
+    with _progress(quiet) as progress:
+        choice = choose(
+            source, criterion=criterion, ratio=ratio, keep=keep, weights=weights, seed=seed, revision=revision,
+            progress=progress,
+        )  # fmt: skip
     if not dry_run:
         choice.plan.save(output)
     if as_json:
@@ -372,6 +392,9 @@ def compress(
     ratio: Ratio = None,
     keep: Keep = None,
     criterion: CriterionOption = "reap",
+    weights: Weights = "residual",
+    reroute_tokens: RerouteTokens = 32768,
+    reroute_candidates: RerouteCandidates = 16,
     activation_budget: Budget = None,
     activations: Activations = None,
     device: DeviceOption = None,
@@ -397,7 +420,7 @@ def compress(
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
     run = _run(device, dtype, activation_budget, trust_remote_code, activations)
-    target = Target(ratio=ratio, keep=keep, criterion=criterion)
+    target = Target(ratio, keep, criterion, weights, reroute_tokens, reroute_candidates)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
@@ -500,14 +523,12 @@ def list_(
 
 def _listings() -> dict[str, list[dict[str, Any]]]:
     from reapkit.architectures import ARCHITECTURES, described
-    from reapkit.criteria import CRITERIA, RANDOM
+    from reapkit.criteria import CRITERIA, OTHERS
 
     criteria = [
         {"criterion": name, "score": (function.__doc__ or "").splitlines()[0]} for name, function in CRITERIA.items()
     ]
-    criteria.append(
-        {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
-    )
+    criteria += [{"criterion": name, "score": sentence} for name, sentence in OTHERS.items()]
     architectures = [described(entry) for entry in ARCHITECTURES]
     return {"architectures": architectures, "criteria": criteria}
 
@@ -545,6 +566,8 @@ def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | No
         return
     beside = " beside the process" if estimate.device == "cpu" else ""
     written = f"{_size(estimate.output_bytes)} of statistics"
+    if estimate.reroute_bytes:
+        written += f", {_size(estimate.reroute_bytes)} of sampled tokens"
     if output_bytes is not None:
         written += f", {_size(output_bytes)} of checkpoint"
     table = _table("what", "estimate")
@@ -579,14 +602,16 @@ def _described_choice(choice: Choice, output: Path | None) -> dict[str, Any]:
 def _print_choice(choice: Choice) -> None:
     from reapkit.plans import losses
 
-    table = _table("layer", "kept", "saliency lost", "routed pairs lost", "never routed")
+    rerouted = bool(choice.eliminations)
+    lost = ("predicted error", "out of candidates") if rerouted else ("saliency lost",)
+    table = _table("layer", "kept", *lost, "routed pairs lost", "never routed")
     for loss in losses(choice):
         routed = "-" if loss.routed_lost is None else _percent(loss.routed_lost)
         never = ", ".join(map(str, loss.never_routed)) or "-"
         table.add_row(
             str(loss.layer),
             f"{choice.plan.num_kept} of {choice.plan.num_experts}",
-            _percent(loss.saliency_lost),
+            *(_percent(share) for share in (loss.saliency_lost, loss.predicted_error, loss.short) if share is not None),
             routed,
             never,
         )

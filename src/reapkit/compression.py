@@ -10,12 +10,16 @@ from reapkit import layout as layouts
 from reapkit import plans, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
+from reapkit.criteria import REROUTE
+from reapkit.elimination import check_weights
 from reapkit.errors import DataError
 from reapkit.layout import Architecture
 from reapkit.observation import Observation, Run
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
+from reapkit.rerouting import Reroute
+from reapkit.samples import beside
 from reapkit.shards import OWN_FOLDER, Manifest
 from reapkit.statistics import Statistics
 from reapkit.verification import Verification, verify
@@ -30,12 +34,22 @@ class Target:
     Attributes:
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
-        criterion: a name in `criteria.CRITERIA`, or `random`.
+        criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
+        weights: of tokens, under `reroute`.
+        reroute_tokens, reroute_candidates: how much is gathered for `reroute`, and for it alone.
     """
 
     ratio: str | float | None = None
     keep: int | None = None
     criterion: str = "reap"
+    weights: str = "residual"
+    reroute_tokens: int = 32768
+    reroute_candidates: int = 16
+
+    @property
+    def reroute(self) -> Reroute | None:
+        """What observing must gather besides sums."""
+        return Reroute(self.reroute_tokens, self.reroute_candidates) if self.criterion == REROUTE else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,10 @@ def compress(
     else:
         with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
             discard(unfinished(path))
-    choice = plans.choose(statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, seed=seed)
+    choice = plans.choose(
+        statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights, seed=seed,
+        sample=beside(path), progress=progress,
+    )  # fmt: skip
     manifest = shards.write(
         observation.checkpoint,
         observation.layout,
@@ -189,6 +206,7 @@ def prepare(
     Returns:
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
+    check_weights(target.weights)
     checkpoint = Checkpoint.open(source, revision=revision)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
@@ -211,7 +229,10 @@ def prepare(
             allow_missing_scales=True,
             dry_run=True,
         )
-    return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
+    observation = Observation(
+        checkpoint, data, run=run or Run(), max_length=max_length, seed=seed, reroute=target.reroute
+    )
+    return observation, manifest
 
 
 def observed_before(path: Path, observation: Observation) -> Statistics | None:
@@ -220,6 +241,8 @@ def observed_before(path: Path, observation: Observation) -> Statistics | None:
         return None
     statistics = Statistics.load(path)
     if (what := observation.differing(statistics)) is None:
+        if observation.recorder is not None and not observation.gathered(beside(path)):
+            return None
         return statistics
     raise DataError(
         f"{path} was observed on another model, text or settings: other {what}",

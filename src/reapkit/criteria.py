@@ -42,6 +42,16 @@ def ean_mean(layer: LayerStatistics) -> Array:
     return _mean(layer.norm_SE.sum(0), layer.count_SE.sum(0))
 
 
+def msan(layer: LayerStatistics) -> Array:
+    """Mean squared output norm over the tokens routed to the expert (arXiv 2606.15716)."""
+    return _mean(layer.norm_sq_SE.sum(0), layer.count_SE.sum(0))
+
+
+def man(layer: LayerStatistics) -> Array:
+    """Mean output norm over the tokens routed to the expert (arXiv 2606.15716); the same as ean-mean."""
+    return ean_mean(layer)
+
+
 def gate_sum(layer: LayerStatistics) -> Array:
     """Sum of gate weights: a soft frequency."""
     total_E: Array = layer.gate_SE.sum(0)
@@ -61,8 +71,16 @@ CRITERIA: Mapping[str, Criterion] = {
     "ean-mean": ean_mean,
     "gate-sum": gate_sum,
     "gated-norm-sum": gated_norm_sum,
+    "man": man,
+    "msan": msan,
 }
 RANDOM = "random"
+REROUTE = "reroute"
+# Those that are no function of sums, and what they need in place of statistics or beside them.
+OTHERS: Mapping[str, str] = {
+    REROUTE: "Re-routed error: backward elimination of what changes layers' outputs least; needs observe --reroute-tokens.",
+    RANDOM: "Uniform at random, by seed; needs no statistics.",
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,8 @@ def score(layers: Mapping[int, LayerStatistics], criterion: str) -> Scores:
         UsageError: an unknown criterion.
     """
     check(criterion)
-    if criterion == RANDOM:
-        raise UsageError("the criterion 'random' scores without statistics")
+    if criterion in OTHERS:
+        raise UsageError(f"the criterion {criterion!r} is no function of statistics alone")
     return Scores(criterion, {index: CRITERIA[criterion](layer) for index, layer in layers.items()})
 
 
@@ -97,5 +115,5 @@ def score_at_random(layers: Sequence[int], num_experts: int, *, seed: int) -> Sc
 
 def check(criterion: str) -> None:
     """Raise UsageError for an unknown criterion, with the nearest known name."""
-    if criterion not in CRITERIA and criterion != RANDOM:
-        raise UsageError(f"there is no criterion {criterion!r}", hint=did_you_mean(criterion, [*CRITERIA, RANDOM]))
+    if criterion not in CRITERIA and criterion not in OTHERS:
+        raise UsageError(f"there is no criterion {criterion!r}", hint=did_you_mean(criterion, [*CRITERIA, *OTHERS]))

@@ -36,6 +36,8 @@ from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, lo
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.progress import Progress, silent
 from reapkit.ranks import Ranks
+from reapkit.rerouting import Reroute, RerouteRecorder
+from reapkit.samples import RoutedSamples, SampleHeader, SampleWriter, beside, require_space
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics, differing
 from reapkit.sums import RoutedSums
 
@@ -137,7 +139,7 @@ class Estimate:
         hours: wall time at the rates measured on this machine in a second or two; an estimate.
         device_bytes: peak memory on the device, on a CPU besides the process itself.
         held_bytes: suspended activations, which are kept at `place`: on the device, where they are part of its bytes, the host or disk.
-        read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
+        read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file; reroute_bytes: of the sample beside it.
         compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
         device, dtype: where and in what is computed.
     """
@@ -152,6 +154,7 @@ class Estimate:
     place: Place
     read_bytes: int
     output_bytes: int
+    reroute_bytes: int
     compute_rate: float
     disk_rate: float
     device: str
@@ -169,9 +172,13 @@ class Observation:
         data: `--data` arguments.
         run: device, dtype and memory.
         max_length: tokens per document; longer samples are split into windows.
-        seed: of the choice of samples.
+        seed: of the choice of samples, and of sampled tokens.
         revision: of a hub id.
         ranks: which share of the micro-batches is observed here.
+        reroute: what to gather for re-routed errors; None gathers nothing.
+
+    Raises:
+        UnsupportedError: among others, re-routed errors are not defined for this family.
     """
 
     def __init__(
@@ -184,6 +191,7 @@ class Observation:
         seed: int,
         revision: str | None = None,
         ranks: Ranks | None = None,
+        reroute: Reroute | None = None,
     ) -> None:
         device, dtype = run.resolve()
         self.ranks = Ranks() if ranks is None else ranks
@@ -208,12 +216,14 @@ class Observation:
             "max_length": max_length,
             "tokenizer": _tokenizer_fingerprint(tokenizer),
         }
-        self.batches = self.ranks.share(batches(self.data, tokens_per_batch=tokens_per_batch(self.model)))
+        everything = batches(self.data, tokens_per_batch=tokens_per_batch(self.model))
+        self.batches = self.ranks.share(everything)
         if not self.batches:
             raise UsageError(
                 f"the text is too short for {self.ranks.count} processes: it has fewer micro-batches",
                 hint="start fewer, or observe more text",
             )
+        self.recorder = None if reroute is None else RerouteRecorder(self.model, everything, reroute, seed=seed)
         self.place, self.budget = self._choose_place(run)
         self.waves = self._split(self.batches)
 
@@ -246,6 +256,7 @@ class Observation:
             place=self.place,
             read_bytes=read,
             output_bytes=8 * sums * len(self.layout.layers),
+            reroute_bytes=0 if self.recorder is None else self.sample_header().nbytes,
             compute_rate=self.compute_rate,
             disk_rate=self.disk_rate,
             device=str(device),
@@ -325,20 +336,22 @@ class Observation:
             for target in {own, path} if ranks.rank == 0 else {own}:
                 stack.enter_context(alone(target, lock_of(target)))
             stack.enter_context(ranks.joined())
-            statistics = self.run(progress=progress, keep=unfinished(own))
+            sample = None if self.recorder is None else beside(path)
+            statistics = self.run(progress=progress, keep=unfinished(own), sample=sample)
             if ranks.rank == 0:
                 statistics.save(path)
             ranks.wait()  # until they are saved, each rank keeps its own
             discard(unfinished(own))
         return statistics
 
-    def run(self, *, progress: Progress = silent, keep: Path | None = None) -> Statistics:
+    def run(self, *, progress: Progress = silent, keep: Path | None = None, sample: Path | None = None) -> Statistics:
         """Observe all waves; of several ranks, which must be joined, each gets the sums of all.
 
         Args:
             progress: told how far it is.
             keep: a file that holds the sums of the waves done so far, until all are; what an interrupted run left there is gone on
                 with, to the same bits.
+            sample: where sampled tokens go, needed where they are gathered.
 
         Raises:
             DataError: an activation is NaN or infinite; layer, expert and micro-batch are named. Or the file is another run's.
@@ -346,10 +359,52 @@ class Observation:
             OutputError: the file cannot be written.
         """
         self.require_memory()
-        with self._explained():
-            return self._run(progress, keep)
+        if self.recorder is None:
+            with self._explained():
+                return self._run(progress, keep, None)
+        assert sample is not None, "a sample of tokens needs a file"
+        with self._explained(), self._filling(sample, keep) as writer, self.recorder.watching():
+            return self._run(progress, keep, writer)
 
-    def _run(self, progress: Progress, keep: Path | None) -> Statistics:
+    @contextmanager
+    def _filling(self, sample: Path, keep: Path | None) -> Iterator[SampleWriter]:
+        """The file that all ranks write sampled tokens to, whole when this ends without an error."""
+        assert self.recorder is not None
+        header, ranks = self.sample_header(), self.ranks
+        if ranks.rank == 0:
+            require_space(sample, header)
+            is_new = not unfinished(sample).exists() and not sample.exists()
+            if is_new and keep is not None and keep.exists():
+                raise DataError(
+                    f"{keep} holds the sums of an interrupted run, and the sample of tokens that belongs to them is missing",
+                    hint=f"remove {keep} to begin again",
+                )
+            SampleWriter(sample, header).close()
+        ranks.wait()
+        writer = SampleWriter(sample, header)
+        try:
+            self.recorder.begin(writer)
+            yield writer
+            writer.sync()
+            ranks.wait()
+            if ranks.rank == 0:
+                writer.finish()
+        finally:
+            writer.close()
+
+    def gathered(self, sample: Path) -> bool:
+        """Whether a finished sample of tokens is the one that `run` would gather."""
+        return sample.is_file() and RoutedSamples.open(sample).header == self.sample_header()
+
+    def sample_header(self) -> SampleHeader:
+        """What the sample of tokens is of."""
+        assert self.recorder is not None
+        return SampleHeader(
+            self.source, self.settings, self.data.digest, self.seed, self.data.domains, len(self.recorder.sample),
+            self.recorder.candidates, dict.fromkeys(self.recorder.layers, self.recorder.rule),
+        )  # fmt: skip
+
+    def _run(self, progress: Progress, keep: Path | None, writer: SampleWriter | None) -> Statistics:
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
@@ -365,14 +420,19 @@ class Observation:
         total, done = passes * tokens, passes * sum(int(batch.length_B.sum()) for batch in self.batches[:finished])
         progress("observe", done, total, "tokens x layers")
         for wave in waves:
-            observers = [
-                sums.observer(batch, self.ranks.number(place)) for place, batch in enumerate(wave, start=finished)
-            ]
+            numbers = [self.ranks.number(place) for place in range(finished, finished + len(wave))]
+            observers = [sums.observer(batch, number) for batch, number in zip(wave, numbers, strict=True)]
+            if self.recorder is not None and writer is not None:
+                observers = [
+                    self.recorder.observer(number, observe) for number, observe in zip(numbers, observers, strict=True)
+                ]
 
             def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
                 nonlocal done
                 if number == len(wave) - 1:
                     sums.require_finite(layer)
+                    if self.recorder is not None and writer is not None:
+                        self.recorder.flush(layer, writer)
                 done += int(wave[number].length_B.sum())
                 progress("observe", done, total, "tokens x layers")
 
@@ -384,6 +444,8 @@ class Observation:
             finished += len(wave)
             # A rank that is done keeps its share until all are.
             if keep is not None and (finished < len(self.batches) or self.ranks.count > 1):
+                if writer is not None:
+                    writer.sync()
                 batches = {"batches": len(self.batches), "finished_batches": finished}
                 self._described(sums.totals(), **batches).save(keep)
                 safe_point()
@@ -488,6 +550,8 @@ def observe(
     max_length: int = 2048,
     seed: int = 0,
     revision: str | None = None,
+    reroute: Reroute | None = None,
+    sample: Path | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Measure on calibration text how much every expert contributes.
@@ -499,10 +563,13 @@ def observe(
         max_length: tokens per document; longer samples are split into windows.
         seed: of the choice of samples.
         revision: of a hub id.
+        reroute: what to gather for re-routed errors, and sample: into which file.
         progress: told how far it is.
     """
-    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
-    return observation.run(progress=progress)
+    observation = Observation(
+        source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision, reroute=reroute
+    )
+    return observation.run(progress=progress, sample=sample)
 
 
 def _parts(memory: Mapping[str, int]) -> str:

@@ -22,15 +22,19 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Scores
-from reapkit.errors import CheckpointError, PlanError, UsageError
+from reapkit.elimination import Elimination, check_weights, eliminate, token_weights
+from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
 from reapkit.layout import Identity, MoELayout
-from reapkit.statistics import Statistics
+from reapkit.progress import Progress, silent
+from reapkit.samples import RoutedSamples, beside
+from reapkit.statistics import Statistics, differing
 from reapkit.tensors import (
     MAX_JSON_BYTES,
     MAX_NUMBER,
     as_count,
     as_flag,
     as_list,
+    as_table,
     as_text,
     brief,
     parse_json,
@@ -55,6 +59,7 @@ class PruningPlan:
         drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
+        options: what else decided, by name: the weights of tokens.
     """
 
     source: Identity
@@ -66,6 +71,7 @@ class PruningPlan:
     drop_mtp: bool = False
     calibration: tuple[str, ...] = ()
     seed: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = {len(experts) for experts in self.kept.values()}
@@ -184,6 +190,7 @@ class PruningPlan:
             "source": asdict(self.source),
             "criterion": self.criterion,
             "seed": self.seed,
+            "options": dict(self.options),
             "calibration": list(self.calibration),
             "num_experts": self.num_experts,
             "num_kept": self.num_kept,
@@ -222,7 +229,7 @@ class PruningPlan:
     @classmethod
     def from_json(cls, described: Mapping[str, Any], *, origin: str) -> PruningPlan:
         """The plan in a parsed JSON object."""
-        known = {"format", "source", "criterion", "seed", "calibration", "num_experts", "num_kept", "top_k", "unmeasured",
+        known = {"format", "source", "criterion", "seed", "options", "calibration", "num_experts", "num_kept", "top_k", "unmeasured",
                  "drop_mtp", "kept"}  # fmt: skip
         if described.get("format") != FORMAT:
             raise PlanError(f"{origin} is not a plan of reapkit", hint="make one with reapkit plan")
@@ -243,6 +250,7 @@ class PruningPlan:
                 drop_mtp=as_flag(described["drop_mtp"]),
                 calibration=tuple(map(as_text, as_list(described["calibration"]))),
                 seed=seed if seed is None else as_count(seed, least=-MAX_NUMBER),
+                options={as_text(key): as_text(value) for key, value in as_table(described.get("options", {})).items()},
             )
             stated = as_count(described["num_kept"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -340,11 +348,13 @@ class Choice:
         plan: the kept experts.
         scores: of every expert.
         statistics: what the scores rest on; None for the random criterion on a checkpoint.
+        eliminations: by layer, in which order experts went and what that cost, under the criterion `reroute`.
     """
 
     plan: PruningPlan
     scores: Scores
     statistics: Statistics | None
+    eliminations: Mapping[int, Elimination] = field(default_factory=dict)
 
 
 def choose(
@@ -353,24 +363,32 @@ def choose(
     criterion: str = "reap",
     ratio: str | float | None = None,
     keep: int | None = None,
+    weights: str = "residual",
+    sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
+    progress: Progress = silent,
 ) -> Choice:
     """Choose the experts that stay.
 
     Args:
         source: statistics or their file; the criterion `random` also takes a checkpoint.
-        criterion: a name in `criteria.CRITERIA`, or `random`.
+        criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
+        weights: of tokens, under `reroute`: a name in `elimination.WEIGHTS`.
+        sample: the sample of tokens that `reroute` needs; by default beside the statistics' file.
         seed: of the criterion `random`.
         revision: of a hub id.
+        progress: told how far it is.
 
     Raises:
         UsageError: an unknown criterion, neither or both of ratio and keep.
         PlanError: fewer experts would stay than each token is routed to.
+        DataError: the sample of tokens is missing, damaged or another observation's.
     """
     criteria.check(criterion)
+    check_weights(weights)
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(
@@ -382,8 +400,18 @@ def choose(
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
+    count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups)
+    _require_top_k(count, num_experts, statistics.top_k)
+    eliminations: Mapping[int, Elimination] = {}
     if criterion == criteria.RANDOM:
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
+    elif criterion == criteria.REROUTE:
+        if sample is None:
+            if isinstance(source, Statistics):
+                raise UsageError("the criterion 'reroute' needs the sample of tokens beside the statistics' file")
+            sample = beside(Path(source))
+        eliminations = _eliminate(open_sample(sample, statistics), weights=weights, keep=count, progress=progress)
+        scores = Scores(criterion, {index: _ranks(found, num_experts) for index, found in eliminations.items()})
     else:
         scores = criteria.score(statistics.layers, criterion)
     chosen = PruningPlan(
@@ -391,13 +419,47 @@ def choose(
         criterion=criterion,
         num_experts=num_experts,
         top_k=statistics.top_k,
-        kept=select(
-            scores, keep=num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups), num_groups=num_groups
-        ),
+        kept=select(scores, keep=count, num_groups=num_groups),
         calibration=tuple(record.digest for record in statistics.calibration),
         seed=seed if criterion == criteria.RANDOM else None,
+        options={"weights": weights} if criterion == criteria.REROUTE else {},
     )
-    return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics)
+    return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics, eliminations)
+
+
+def open_sample(path: Path, statistics: Statistics) -> RoutedSamples:
+    """The sample of tokens that was gathered with these statistics.
+
+    Raises:
+        DataError: missing, damaged, or of another model, text or settings.
+    """
+    sample = RoutedSamples.open(path)
+    header = sample.header
+    what = differing(statistics.source, statistics.settings, header.source, header.settings)
+    if what is None and [record.digest for record in statistics.calibration] != [header.digest]:
+        what = "text"
+    if what is not None:
+        raise DataError(
+            f"the sample of tokens {path} was gathered on another model, text or settings: other {what}",
+            hint="observe both together, with --reroute-tokens",
+        )
+    return sample
+
+
+def _eliminate(sample: RoutedSamples, *, weights: str, keep: int, progress: Progress) -> dict[int, Elimination]:
+    found = {}
+    for number, index in enumerate(sample.layers, start=1):
+        layer = sample.layer(index)
+        found[index] = eliminate(layer, token_weights(layer, weights), keep=keep)
+        progress("plan", number, len(sample.layers), "layers")
+    return found
+
+
+def _ranks(found: Elimination, num_experts: int) -> np.ndarray[Any, Any]:
+    """A score: the step at which an expert went, and more than any for those that stay."""
+    score_E = np.full(num_experts, float(len(found.order)))
+    score_E[list(found.order)] = np.arange(len(found.order))
+    return score_E
 
 
 def plan(
@@ -406,11 +468,22 @@ def plan(
     criterion: str = "reap",
     ratio: str | float | None = None,
     keep: int | None = None,
+    weights: str = "residual",
+    sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
 ) -> PruningPlan:
     """The plan of `choose`, which also gives the scores behind it."""
-    return choose(source, criterion=criterion, ratio=ratio, keep=keep, seed=seed, revision=revision).plan
+    return choose(
+        source,
+        criterion=criterion,
+        ratio=ratio,
+        keep=keep,
+        weights=weights,
+        sample=sample,
+        seed=seed,
+        revision=revision,
+    ).plan
 
 
 def choose_for_checkpoint(
@@ -441,15 +514,19 @@ class LayerLoss:
 
     Attributes:
         layer: its number.
-        saliency_lost: the dropped experts' share of the layer's total score, from 0 to 1.
+        saliency_lost: the dropped experts' share of the layer's total score, from 0 to 1; None under `reroute`, whose scores are ranks.
+        predicted_error: the re-routed error, as a share of the layer's own output; None under other criteria.
+        short: the share of sampled tokens whose candidates ran out; likewise.
         routed_lost: the share of routed token-expert pairs that went to dropped experts; None without statistics.
         never_routed: experts that no calibration token was routed to.
     """
 
     layer: int
-    saliency_lost: float
+    saliency_lost: float | None
     routed_lost: float | None
     never_routed: tuple[int, ...]
+    predicted_error: float | None = None
+    short: float | None = None
 
 
 def losses(choice: Choice) -> list[LayerLoss]:
@@ -466,7 +543,11 @@ def losses(choice: Choice) -> list[LayerLoss]:
             count_E = statistics.layers[layer].count_SE.sum(0)
             never = tuple(int(expert) for expert in np.flatnonzero(count_E == 0))
             routed = _share(count_E, dropped)
-        result.append(LayerLoss(layer, _share(score_E, dropped), routed, never))
+        if (found := choice.eliminations.get(layer)) is None:
+            result.append(LayerLoss(layer, _share(score_E, dropped), routed, never))
+        else:
+            error, short = (found.error[-1], found.short[-1]) if found.order else (0.0, 0.0)
+            result.append(LayerLoss(layer, None, routed, never, error, short))
     return result
 
 
