@@ -65,6 +65,7 @@ def test_criteria_choose_different_experts_where_the_definitions_say_so() -> Non
     # ean-sum ties experts 0 and 1, ean-mean 1 and 2: the lower number stays.
     assert kept == {
         "reap": (1,), "gated-norm-sum": (0,), "frequency": (0,), "ean-sum": (0,), "ean-mean": (1,), "gate-sum": (0,),
+        "man": (1,), "msan": (2,),
     }  # fmt: skip
 
 

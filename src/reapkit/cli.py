@@ -108,6 +108,11 @@ RerouteCandidates = Annotated[
 Weights = Annotated[
     str, typer.Option(metavar="W", help="of tokens under reroute: residual, relative, plain, each also with -balanced")
 ]
+BlendOption = Annotated[
+    str | None,
+    typer.Option("--blend", metavar="B", help="how domains count: uniform, max-min (for the worst one), or weights like code=2,math=1"),
+]  # fmt: skip
+Protect = Annotated[str | None, typer.Option(metavar="WHAT", help="super: keep experts with extreme outputs")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
 ]
@@ -293,6 +298,8 @@ def plan(
     ratio: Ratio = None,
     keep: Keep = None,
     weights: Weights = "residual",
+    blend: BlendOption = None,
+    protect: Protect = None,
     seed: Seed = 0,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -305,8 +312,8 @@ def plan(
 
     with _progress(quiet) as progress:
         choice = choose(
-            source, criterion=criterion, ratio=ratio, keep=keep, weights=weights, seed=seed, revision=revision,
-            progress=progress,
+            source, criterion=criterion, ratio=ratio, keep=keep, weights=weights, blend=blend, protect=protect,
+            seed=seed, revision=revision, progress=progress,
         )  # fmt: skip
     if not dry_run:
         choice.plan.save(output)
@@ -393,6 +400,8 @@ def compress(
     keep: Keep = None,
     criterion: CriterionOption = "reap",
     weights: Weights = "residual",
+    blend: BlendOption = None,
+    protect: Protect = None,
     reroute_tokens: RerouteTokens = 32768,
     reroute_candidates: RerouteCandidates = 16,
     activation_budget: Budget = None,
@@ -420,7 +429,7 @@ def compress(
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
     run = _run(device, dtype, activation_budget, trust_remote_code, activations)
-    target = Target(ratio, keep, criterion, weights, reroute_tokens, reroute_candidates)
+    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
@@ -595,6 +604,8 @@ def _described_choice(choice: Choice, output: Path | None) -> dict[str, Any]:
         "criterion": choice.plan.criterion,
         "num_experts": choice.plan.num_experts,
         "num_kept": choice.plan.num_kept,
+        "options": dict(choice.plan.options),
+        "super_experts_dropped": {str(layer): list(experts) for layer, experts in choice.super_dropped.items()},
         "layers": [vars(loss) for loss in losses(choice)],
     }
 
@@ -616,6 +627,10 @@ def _print_choice(choice: Choice) -> None:
             never,
         )
     out.print(table)
+    for layer, experts in choice.super_dropped.items():
+        _note(
+            f"[bold]note:[/] layer {layer} drops the super experts {', '.join(map(str, experts))}: --protect super keeps them"
+        )
 
 
 def _described(verification: Verification) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Target:
         keep: number of experts to keep per layer.
         criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
         weights: of tokens, under `reroute`.
+        blend, protect: as in `plans.choose`.
         reroute_tokens, reroute_candidates: how much is gathered for `reroute`, and for it alone.
     """
 
@@ -43,6 +44,8 @@ class Target:
     keep: int | None = None
     criterion: str = "reap"
     weights: str = "residual"
+    blend: str | None = None
+    protect: str | None = None
     reroute_tokens: int = 32768
     reroute_candidates: int = 16
 
@@ -163,8 +166,8 @@ def compress(
         with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
             discard(unfinished(path))
     choice = plans.choose(
-        statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights, seed=seed,
-        sample=beside(path), progress=progress,
+        statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights,
+        blend=target.blend, protect=target.protect, seed=seed, sample=beside(path), progress=progress,
     )  # fmt: skip
     manifest = shards.write(
         observation.checkpoint,

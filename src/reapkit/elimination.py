@@ -83,10 +83,15 @@ def check_weights(name: str) -> None:
         raise UsageError(f"there are no weights {name!r}", hint=did_you_mean(name, WEIGHTS))
 
 
-def token_weights(sample: RoutedSample, name: str) -> Array:
+def token_weights(sample: RoutedSample, name: str, share_D: Sequence[float] | None = None) -> Array:
     """w_t of `plain`, `relative` (1 / ‖y‖²) or `residual` (1 / ‖h‖²); `-balanced` gives every domain the same total.
 
     A token whose norm is zero counts nothing.
+
+    Args:
+        sample: the layer's tokens.
+        name: one of `WEIGHTS`.
+        share_D: each domain's share of the total, in place of the one that it has.
 
     Raises:
         UsageError: no such weights.
@@ -97,9 +102,10 @@ def token_weights(sample: RoutedSample, name: str) -> Array:
     if norm_sq_T is None:
         norm_sq_T = _Losses(sample).output_sq_T
     weight_T: Array = sample.share_T * np.divide(1.0, norm_sq_T, out=np.zeros(len(sample)), where=norm_sq_T > 0)
-    if balanced:
-        mass_D = np.bincount(sample.domain_T, weights=weight_T)
-        weight_T *= np.divide(weight_T.sum(), mass_D, out=np.zeros_like(mass_D), where=mass_D > 0)[sample.domain_T]
+    if balanced or share_D is not None:
+        mass_D = np.bincount(sample.domain_T, weights=weight_T, minlength=0 if share_D is None else len(share_D))
+        wanted_D = np.ones_like(mass_D) if share_D is None else np.asarray(share_D)
+        weight_T *= np.divide(wanted_D, mass_D, out=np.zeros_like(mass_D), where=mass_D > 0)[sample.domain_T]
     return weight_T
 
 
@@ -110,7 +116,9 @@ def rerouted_error(sample: RoutedSample, kept: Sequence[int], weight_T: Array) -
     return float(weight_T @ losses.current(np.arange(len(sample))))
 
 
-def eliminate(sample: RoutedSample, weight_T: Array, *, keep: int, worst_domain: bool = False) -> Elimination:
+def eliminate(
+    sample: RoutedSample, weight_T: Array, *, keep: int, worst_domain: bool = False, protected: Sequence[int] = ()
+) -> Elimination:
     """Remove experts one by one, always the one whose removal adds least to L, until so many are left.
 
     Routers with groups lose one expert of each group before any group loses another, so that every multiple of the groups is balanced.
@@ -121,6 +129,7 @@ def eliminate(sample: RoutedSample, weight_T: Array, *, keep: int, worst_domain:
         weight_T: their weights.
         keep: experts to leave.
         worst_domain: minimise the largest relative error of a domain in place of the sum.
+        protected: experts that stay; no more in a group than are left in it.
     """
     rule = sample.rule
     num_experts, group_size = rule.num_experts, rule.num_experts // rule.num_groups
@@ -137,13 +146,14 @@ def eliminate(sample: RoutedSample, weight_T: Array, *, keep: int, worst_domain:
     error: list[float] = []
     short: list[float] = []
     open_groups = np.ones(rule.num_groups, dtype=bool)
+    is_protected_E = np.isin(np.arange(num_experts), protected)
     for _ in range(num_experts - keep):
         added_DE = np.bincount(
             place_TR.ravel(), weights=(weight_T[:, None] * added_TR).ravel(), minlength=num_domains * (num_experts + 1)
         ).reshape(num_domains, -1)[:, :-1]
         now_D = np.bincount(domains, weights=weight_T * now_T, minlength=num_domains)
         cost_E = ((now_D[:, None] + added_DE) * scale_D[:, None]).max(0)
-        cost_E[~losses.kept_E[:-1] | ~np.repeat(open_groups, group_size)] = np.inf
+        cost_E[~losses.kept_E[:-1] | is_protected_E | ~np.repeat(open_groups, group_size)] = np.inf
         removed = num_experts - 1 - int(np.argmin(cost_E[::-1]))
         changed = losses.touched(removed, relevant_TR)
         losses.remove(removed)

@@ -21,7 +21,7 @@ from reapkit import criteria, outputs
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import Scores
+from reapkit.criteria import Blend, Scores
 from reapkit.elimination import Elimination, check_weights, eliminate, token_weights
 from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
 from reapkit.layout import Identity, MoELayout
@@ -59,7 +59,7 @@ class PruningPlan:
         drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
-        options: what else decided, by name: the weights of tokens.
+        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected.
     """
 
     source: Identity
@@ -356,6 +356,19 @@ class Choice:
     statistics: Statistics | None
     eliminations: Mapping[int, Elimination] = field(default_factory=dict)
 
+    @property
+    def super_dropped(self) -> dict[int, tuple[int, ...]]:
+        """By layer, experts with extreme outputs (`criteria.super_experts`) that the plan drops."""
+        if self.statistics is None:
+            return {}
+        found = criteria.super_experts(self.statistics.layers)
+        dropped = {
+            layer: tuple(expert for expert in experts if expert not in self.plan.kept[layer])
+            for layer, experts in found.items()
+            if layer in self.plan.kept
+        }
+        return {layer: experts for layer, experts in dropped.items() if experts}
+
 
 def choose(
     source: Statistics | str | Path,
@@ -364,6 +377,8 @@ def choose(
     ratio: str | float | None = None,
     keep: int | None = None,
     weights: str = "residual",
+    blend: str | None = None,
+    protect: str | None = None,
     sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
@@ -377,6 +392,8 @@ def choose(
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
         weights: of tokens, under `reroute`: a name in `elimination.WEIGHTS`.
+        blend: how domains count: `uniform`, `max-min` or weights like `code=2,math=1`; None as they are long.
+        protect: `super` keeps experts with extreme outputs.
         sample: the sample of tokens that `reroute` needs; by default beside the statistics' file.
         seed: of the criterion `random`.
         revision: of a hub id.
@@ -402,6 +419,8 @@ def choose(
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
     count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups)
     _require_top_k(count, num_experts, statistics.top_k)
+    mixed = None if blend is None else Blend.parse(blend, statistics.domains)
+    protected = _protected(statistics, protect)
     eliminations: Mapping[int, Elimination] = {}
     if criterion == criteria.RANDOM:
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
@@ -410,21 +429,64 @@ def choose(
             if isinstance(source, Statistics):
                 raise UsageError("the criterion 'reroute' needs the sample of tokens beside the statistics' file")
             sample = beside(Path(source))
-        eliminations = _eliminate(open_sample(sample, statistics), weights=weights, keep=count, progress=progress)
-        scores = Scores(criterion, {index: _ranks(found, num_experts) for index, found in eliminations.items()})
+        found = open_sample(sample, statistics)
+        eliminations = _eliminate(found, weights, mixed, keep=count, protected=protected, progress=progress)
+        scores = Scores(criterion, {index: _ranks(went, num_experts) for index, went in eliminations.items()})
     else:
-        scores = criteria.score(statistics.layers, criterion)
+        scores = score_blended(statistics, criterion, mixed)
+    options = {"weights": weights} if criterion == criteria.REROUTE else {}
+    options |= {} if blend is None else {"blend": blend}
+    options |= {} if protect is None else {"protect": protect}
     chosen = PruningPlan(
         source=statistics.source,
         criterion=criterion,
         num_experts=num_experts,
         top_k=statistics.top_k,
-        kept=select(scores, keep=count, num_groups=num_groups),
+        kept=select(_raised(scores, protected), keep=count, num_groups=num_groups),
         calibration=tuple(record.digest for record in statistics.calibration),
         seed=seed if criterion == criteria.RANDOM else None,
-        options={"weights": weights} if criterion == criteria.REROUTE else {},
+        options=options,
     )
     return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics, eliminations)
+
+
+def score_blended(statistics: Statistics, criterion: str, blend: Blend | None) -> Scores:
+    """Scores of every layer under a criterion of sums, with domains blended."""
+    layers, domains = statistics.layers, range(len(statistics.domains))
+    if blend is None:
+        return criteria.score(layers, criterion)
+    if blend.share_D is not None:
+        share_D = blend.share_D
+        return criteria.score(
+            {index: criteria.blend_sums(layer, share_D) for index, layer in layers.items()}, criterion
+        )
+    parts = [
+        criteria.score({index: criteria.of_domain(layer, domain) for index, layer in layers.items()}, criterion)
+        for domain in domains
+    ]
+    ranks = {
+        index: criteria.rank_by_worst(
+            np.stack([part.score_E[index] for part in parts]), num_groups=statistics.num_groups
+        )
+        for index in layers
+    }
+    return Scores(criterion, ranks)
+
+
+def _protected(statistics: Statistics, protect: str | None) -> dict[int, tuple[int, ...]]:
+    if protect is None:
+        return {}
+    if protect != "super":
+        raise UsageError(f"--protect {protect!r} is not known", hint="--protect super")
+    return criteria.super_experts(statistics.layers)
+
+
+def _raised(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:
+    """Scores under which protected experts stay before all others."""
+    raised = {index: score_E.copy() for index, score_E in scores.score_E.items()}
+    for index, experts in protected.items():
+        raised[index][list(experts)] = np.inf
+    return Scores(scores.criterion, raised)
 
 
 def open_sample(path: Path, statistics: Statistics) -> RoutedSamples:
@@ -446,11 +508,26 @@ def open_sample(path: Path, statistics: Statistics) -> RoutedSamples:
     return sample
 
 
-def _eliminate(sample: RoutedSamples, *, weights: str, keep: int, progress: Progress) -> dict[int, Elimination]:
+def _eliminate(
+    sample: RoutedSamples,
+    weights: str,
+    blend: Blend | None,
+    *,
+    keep: int,
+    protected: Mapping[int, Sequence[int]],
+    progress: Progress,
+) -> dict[int, Elimination]:
     found = {}
     for number, index in enumerate(sample.layers, start=1):
         layer = sample.layer(index)
-        found[index] = eliminate(layer, token_weights(layer, weights), keep=keep)
+        weight_T = token_weights(layer, weights, None if blend is None else blend.share_D)
+        found[index] = eliminate(
+            layer,
+            weight_T,
+            keep=keep,
+            worst_domain=blend is not None and blend.share_D is None,
+            protected=protected.get(index, ()),
+        )
         progress("plan", number, len(sample.layers), "layers")
     return found
 
@@ -469,6 +546,8 @@ def plan(
     ratio: str | float | None = None,
     keep: int | None = None,
     weights: str = "residual",
+    blend: str | None = None,
+    protect: str | None = None,
     sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
