@@ -559,6 +559,8 @@ def plan(
         ratio=ratio,
         keep=keep,
         weights=weights,
+        blend=blend,
+        protect=protect,
         sample=sample,
         seed=seed,
         revision=revision,
