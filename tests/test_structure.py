@@ -17,7 +17,7 @@ SOURCE = Path(reapkit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors"),
     ("checkpoint", "quantization", "selection", "layout", "architectures"),
-    ("statistics", "criteria", "elimination", "samples", "plans"),
+    ("statistics", "criteria", "elimination", "samples", "plans", "recovery"),
     (
         "calibration",
         "kernels",

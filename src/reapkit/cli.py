@@ -291,7 +291,10 @@ def combine(
 @_verb
 def plan(
     source: Annotated[
-        str, typer.Argument(metavar="STATS|SRC", help="statistics; the criterion random also takes a checkpoint")
+        str,
+        typer.Argument(
+            metavar="STATS|SRC", help="statistics; random and aimer take a checkpoint, --recover the pruned one"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="plan to write")],
     criterion: CriterionOption = "reap",
@@ -300,6 +303,12 @@ def plan(
     weights: Weights = "residual",
     blend: BlendOption = None,
     protect: Protect = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT", help="read which experts the pruned checkpoint SRC kept of PARENT, from its router"
+        ),
+    ] = None,
     seed: Seed = 0,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -310,6 +319,9 @@ def plan(
     """Choose the experts that stay; takes seconds and no device."""
     from reapkit.plans import choose
 
+    if recover is not None:
+        _recover(recover, source, None if dry_run else output, revision, as_json=as_json, quiet=quiet)
+        return
     with _progress(quiet) as progress:
         choice = choose(
             source, criterion=criterion, ratio=ratio, keep=keep, weights=weights, blend=blend, protect=protect,
@@ -323,6 +335,21 @@ def plan(
         _print_choice(choice)
         _note_unmeasured(choice.plan)
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
+
+
+def _recover(
+    parent: str, pruned: str, output: Path | None, revision: str | None, *, as_json: bool, quiet: bool
+) -> None:
+    from reapkit.recovery import recover
+
+    found = recover(parent, pruned, revision=revision)
+    if output is not None:
+        found.save(output)
+    if as_json:
+        _print_json({"plan": None if output is None else str(output), **found.to_json()})
+    elif not quiet:
+        written = "nothing written" if output is None else f"wrote {_escape(str(output))}"
+        _note(f"{written}: {found.num_kept} of {found.num_experts} experts stayed in each of {len(found.kept)} layers")
 
 
 @_verb
