@@ -17,12 +17,13 @@ SOURCE = Path(reapkit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors"),
     ("checkpoint", "quantization", "selection", "layout", "architectures"),
-    ("statistics", "criteria", "elimination", "samples", "plans", "recovery"),
+    ("statistics", "criteria", "elimination", "samples", "plans", "recovery", "evidence"),
     (
         "calibration",
         "kernels",
         "fusion",
         "formats",
+        "magnitudes",
         "experts",
         "activations",
         "modules",

@@ -31,6 +31,7 @@ from reapkit.interrupts import heard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from reapkit.evidence import Evidence
     from reapkit.fidelity import Figure
     from reapkit.layout import Architecture
     from reapkit.observation import Estimate, Observation, Run
@@ -309,6 +310,9 @@ def plan(
             metavar="PARENT", help="read which experts the pruned checkpoint SRC kept of PARENT, from its router"
         ),
     ] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="show how far the choice can be trusted, and store it beside the plan")
+    ] = False,
     seed: Seed = 0,
     revision: Revision = None,
     dry_run: DryRun = False,
@@ -317,24 +321,68 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
+    from reapkit.evidence import beside as evidence_beside
     from reapkit.plans import choose
 
+    if criterion == "aimer":
+        from reapkit.compression import choose_by_weights
     if recover is not None:
         _recover(recover, source, None if dry_run else output, revision, as_json=as_json, quiet=quiet)
         return
     with _progress(quiet) as progress:
-        choice = choose(
+        choice = choose_by_weights(
+            source, ratio=ratio, keep=keep, revision=revision, progress=progress
+        ) if criterion == "aimer" and Path(source).suffix != ".safetensors" else choose(
             source, criterion=criterion, ratio=ratio, keep=keep, weights=weights, blend=blend, protect=protect,
             seed=seed, revision=revision, progress=progress,
         )  # fmt: skip
+        found = _gather(choice, source, ratio, progress) if evidence else None
     if not dry_run:
         choice.plan.save(output)
+        if found is not None:
+            found.save(evidence_beside(output))
     if as_json:
-        _print_json(_described_choice(choice, None if dry_run else output))
+        described = _described_choice(choice, None if dry_run else output)
+        _print_json(described if found is None else {**described, "evidence": found.to_json()})
     elif not quiet:
         _print_choice(choice)
+        if found is not None:
+            _print_evidence(found)
         _note_unmeasured(choice.plan)
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
+
+
+def _gather(choice: Choice, source: str, ratio: str | None, progress: Progress) -> Evidence:
+    from reapkit.evidence import gather
+    from reapkit.plans import open_sample
+    from reapkit.samples import beside
+
+    if choice.statistics is None:
+        raise UsageError(
+            "--evidence needs statistics", hint="first: reapkit observe SRC --data … -o statistics.safetensors"
+        )
+    path = beside(Path(source))
+    sample = open_sample(path, choice.statistics) if path.exists() else None
+    return gather(choice, choice.statistics, sample=sample, ratio=ratio, progress=progress)
+
+
+def _print_evidence(found: Evidence) -> None:
+    table = _table("layer", "agreement of halves", "predicted error", "never routed")
+    for layer in found.layers:
+        error = "-" if layer.predicted_error is None else _percent(layer.predicted_error)
+        never = ", ".join(map(str, layer.never_routed)) or "-"
+        table.add_row(str(layer.layer), f"{layer.agreement:.3f}", error, never)
+    out.print(table)
+    growth = _table("tokens", "agreement with all")
+    for part in found.growth:
+        growth.add_row(f"{part.tokens:,}", f"{part.agreement:.3f}")
+    out.print(growth)
+    domains = list(dict.fromkeys(part.domain for part in found.coverage))
+    covered = _table("routed pairs kept, removing", *domains)
+    for ratio in dict.fromkeys(part.ratio for part in found.coverage):
+        shares = [part.routed for part in found.coverage if part.ratio == ratio]
+        covered.add_row(_percent(float(ratio)), *(_percent(share) for share in shares))
+    out.print(covered)
 
 
 def _recover(

@@ -10,10 +10,11 @@ from reapkit import layout as layouts
 from reapkit import plans, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import REROUTE
+from reapkit.criteria import AIMER, REROUTE
 from reapkit.elimination import check_weights
 from reapkit.errors import DataError
-from reapkit.layout import Architecture
+from reapkit.layout import Architecture, MoELayout
+from reapkit.magnitudes import score_by_weights
 from reapkit.observation import Observation, Run
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
@@ -165,7 +166,9 @@ def compress(
     else:
         with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
             discard(unfinished(path))
-    choice = plans.choose(
+    choice = choose_by_weights(
+        observation.checkpoint, observation.layout, ratio=target.ratio, keep=target.keep, progress=progress
+    ) if target.criterion == AIMER else plans.choose(
         statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights,
         blend=target.blend, protect=target.protect, seed=seed, sample=beside(path), progress=progress,
     )  # fmt: skip
@@ -188,6 +191,23 @@ def compress(
         manifest,
         verify(out, source=observation.checkpoint.path, progress=progress),
     )
+
+
+def choose_by_weights(
+    source: Checkpoint | str | Path,
+    layout: MoELayout | None = None,
+    *,
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Choice:
+    """Choose by the criterion `aimer`, which reads a checkpoint's weights and needs no text."""
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
+    layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
+    plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
+    scores = score_by_weights(checkpoint, layout, progress=progress)
+    return plans.choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, scores=scores)
 
 
 def prepare(

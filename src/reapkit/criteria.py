@@ -76,9 +76,11 @@ CRITERIA: Mapping[str, Criterion] = {
 }
 RANDOM = "random"
 REROUTE = "reroute"
+AIMER = "aimer"
 # Those that are no function of sums, and what they need in place of statistics or beside them.
 OTHERS: Mapping[str, str] = {
     REROUTE: "Re-routed error: backward elimination of what changes layers' outputs least; needs observe --reroute-tokens.",
+    AIMER: "Spread of the magnitudes of an expert's weights (arXiv 2603.18492); takes a checkpoint and needs no data.",
     RANDOM: "Uniform at random, by seed; needs no statistics.",
 }
 
@@ -185,10 +187,10 @@ def of_domain(layer: LayerStatistics, domain: int) -> LayerStatistics:
 
 
 def of_folds(layer: LayerStatistics, folds: Sequence[int]) -> LayerStatistics:
-    """A layer's sums over documents of some folds."""
-    rows = [row for row in range(len(layer.tokens_S)) if row % NUM_FOLDS in folds]
-    sums = {name: getattr(layer, name)[rows] for name in SUM_NAMES}
-    return replace(layer, tokens_S=layer.tokens_S[rows], **sums)
+    """A layer's sums over documents of some folds; the rows of the others are zero."""
+    is_in_S = np.isin(np.arange(len(layer.tokens_S)) % NUM_FOLDS, folds)
+    sums = {name: getattr(layer, name) * is_in_S[:, None] for name in SUM_NAMES}
+    return replace(layer, tokens_S=layer.tokens_S * is_in_S, **sums)
 
 
 def rank_by_worst(score_DE: Array, *, num_groups: int = 1) -> Array:

@@ -406,6 +406,10 @@ def choose(
     """
     criteria.check(criterion)
     check_weights(weights)
+    if criterion == criteria.AIMER:
+        raise UsageError(
+            "the criterion 'aimer' scores weights, and not statistics", hint="reapkit plan SRC --criterion aimer"
+        )
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(
@@ -574,17 +578,20 @@ def choose_for_checkpoint(
     ratio: str | float | None = None,
     keep: int | None = None,
     seed: int = 0,
+    scores: Scores | None = None,
 ) -> Choice:
-    """Choose by the criterion `random`, which needs a checkpoint alone."""
-    scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
+    """Choose by scores that need a checkpoint alone, by default those of the criterion `random`."""
+    is_random = scores is None
+    if scores is None:
+        scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
     chosen = PruningPlan(
         source=Identity.of(checkpoint, layout),
-        criterion=criteria.RANDOM,
+        criterion=scores.criterion,
         num_experts=layout.num_experts,
         top_k=layout.top_k,
         kept=select(scores, keep=count, num_groups=layout.num_groups),
-        seed=seed,
+        seed=seed if is_random else None,
     )
     return Choice(chosen.with_mtp(layout.mtp_indices), scores, None)
 
