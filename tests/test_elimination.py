@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reapkit import rerouting
-from reapkit.elimination import WEIGHTS, RoutedSample, eliminate, rerouted_error, token_weights
+from reapkit.elimination import WEIGHTS, RoutedSample, easy_ep, eliminate, rerouted_error, token_weights
 from reapkit.errors import UsageError
 from reapkit.selection import Rule
 
@@ -43,6 +43,7 @@ class Layer:
         self.bias = 0.3 * torch.randn(rule.num_experts, generator=generator) if rule.scoring == "sigmoid" else None
         self.outputs = torch.randn(tokens, rule.num_experts, WIDTH, generator=generator, dtype=torch.float64)
         self.stream_sq = 1 + torch.rand(tokens, generator=generator).numpy()
+        self.turn = torch.rand(tokens, generator=generator).numpy() - 0.1
         self.domain = np.arange(tokens) % 3 % 2
 
     def output(self, kept: Sequence[int] | None = None) -> np.ndarray:
@@ -69,6 +70,7 @@ class Layer:
             score.gather(1, expert).numpy(),
             gram[:, rows, columns],
             self.stream_sq,
+            self.turn,
             self.domain,
             np.ones(len(expert)),
             choice.numpy() if self.rule.num_groups > 1 else None,
@@ -192,3 +194,14 @@ def test_the_worst_domain_loses_less_where_it_is_what_is_minimised() -> None:
 
     by_sum, by_worst = (eliminate(sample, weight, keep=4, worst_domain=flag).order for flag in (False, True))
     assert worst(by_worst) < worst(by_sum)
+
+
+@pytest.mark.parametrize("rule", [RULES["sigmoid"], RULES["groups"]], ids=["sigmoid", "groups"])
+def test_easy_ep_is_its_formula_token_by_token(rule: Rule) -> None:
+    layer = Layer(rule, seed=7)
+    expert, gate = rerouting.route(rule, layer.logits, layer.bias)
+    expected = np.zeros(EXPERTS)
+    for token in range(TOKENS):
+        for e, g in zip(expert[token].tolist(), gate[token].tolist(), strict=True):
+            expected[e] += g * float(layer.outputs[token, e].norm()) * max(float(layer.turn[token]), 0.0)
+    np.testing.assert_allclose(easy_ep(layer.sample(6), None), expected, rtol=1e-5)

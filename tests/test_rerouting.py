@@ -115,7 +115,7 @@ def test_what_is_written_is_what_the_whole_model_shows(folder: Path, text: str, 
     sample = RoutedSamples.open(tmp_path / "sample")
     data = load([text], load_tokenizer(Checkpoint.open(folder)), max_length=MAX_LENGTH)
     model = full_model(folder)
-    stream_sq, trace = [], []
+    stream_sq, trace, turn = [], [], []
     block = model.model.layers[1]
 
     def note(module: Any, args: tuple[torch.Tensor]) -> None:
@@ -129,6 +129,13 @@ def test_what_is_written_is_what_the_whole_model_shows(folder: Path, text: str, 
         ], 1)  # fmt: skip
         trace.append((outputs @ outputs.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(-1))
 
+    def turned(module: Any, args: Any, output: torch.Tensor) -> None:
+        before, after = held.pop().reshape(-1, 64).double(), output.reshape(-1, 64).double()
+        turn.append(1 - (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1))
+
+    held: list[torch.Tensor] = []
+    block.post_attention_layernorm.register_forward_pre_hook(lambda module, args: held.append(args[0].clone()))
+    block.register_forward_hook(turned)
     block.post_attention_layernorm.register_forward_pre_hook(note)
     block.mlp.experts.register_forward_hook(experts)
     with torch.no_grad():
@@ -136,6 +143,8 @@ def test_what_is_written_is_what_the_whole_model_shows(folder: Path, text: str, 
             model(input_ids=torch.tensor([document.input_ids.tolist()]), use_cache=False)
     layer = sample.layer(1)
     np.testing.assert_allclose(np.sort(layer.stream_sq_T), np.sort(torch.cat(stream_sq).numpy()), rtol=2e-5)
+    np.testing.assert_allclose(np.sort(layer.turn_T), np.sort(torch.cat(turn).numpy()), atol=2e-6)
+    assert layer.turn_T.max() > 0.01
     on_diagonal = [0, 4, 7, 9]
     np.testing.assert_allclose(
         np.sort(layer.gram_TU[:, on_diagonal].sum(1)), np.sort(torch.cat(trace).numpy()), rtol=2e-4
@@ -272,7 +281,7 @@ def test_a_damaged_sample_is_refused(observed: Path, tmp_path: Path) -> None:
         RoutedSamples.open(damaged)
     content[-4:] = np.float32("nan").tobytes()
     damaged.write_bytes(content)
-    with pytest.raises(DataError, match="layer 2: the stream_sq of a sampled token is not finite"):
+    with pytest.raises(DataError, match="layer 2: the turn of a sampled token is not finite"):
         RoutedSamples.open(damaged).layer(2)
 
 

@@ -10,7 +10,7 @@ from reapkit import layout as layouts
 from reapkit import plans, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import AIMER, REROUTE
+from reapkit.criteria import AIMER, OF_SAMPLE
 from reapkit.elimination import check_weights
 from reapkit.errors import DataError
 from reapkit.layout import Architecture, MoELayout
@@ -38,7 +38,7 @@ class Target:
         criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
         weights: of tokens, under `reroute`.
         blend, protect: as in `plans.choose`.
-        reroute_tokens, reroute_candidates: how much is gathered for `reroute`, and for it alone.
+        reroute_tokens, reroute_candidates: how much is gathered for `reroute` and `easy-ep`, and for them alone.
     """
 
     ratio: str | float | None = None
@@ -53,7 +53,7 @@ class Target:
     @property
     def reroute(self) -> Reroute | None:
         """What observing must gather besides sums."""
-        return Reroute(self.reroute_tokens, self.reroute_candidates) if self.criterion == REROUTE else None
+        return Reroute(self.reroute_tokens, self.reroute_candidates) if self.criterion in OF_SAMPLE else None
 
 
 @dataclass(frozen=True)

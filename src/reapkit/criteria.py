@@ -77,9 +77,12 @@ CRITERIA: Mapping[str, Criterion] = {
 RANDOM = "random"
 REROUTE = "reroute"
 AIMER = "aimer"
+EASY_EP = "easy-ep"
 # Those that are no function of sums, and what they need in place of statistics or beside them.
+OF_SAMPLE = (REROUTE, EASY_EP)
 OTHERS: Mapping[str, str] = {
     REROUTE: "Re-routed error: backward elimination of what changes layers' outputs least; needs observe --reroute-tokens.",
+    EASY_EP: "Sum of gate weight x output norm x how far the layer turns the token's state; needs observe --reroute-tokens.",
     AIMER: "Spread of the magnitudes of an expert's weights (arXiv 2603.18492); takes a checkpoint and needs no data.",
     RANDOM: "Uniform at random, by seed; needs no statistics.",
 }

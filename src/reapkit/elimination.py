@@ -44,6 +44,7 @@ class RoutedSample:
         score_TC: what coefficients are made of: sigmoids, or exponentials relative to the token's largest.
         gram_TU: products of the candidates' outputs, the upper triangle row by row.
         stream_sq_T: ‖h‖² of the residual stream that the layer's output is added to.
+        turn_T: 1 - cos(h, h'), h' being the stream after the whole layer.
         domain_T: number of the token's domain.
         share_T: tokens of the calibration that the sampled one stands for.
         choice_TE: scores by which experts are chosen, of all of them; only for routers with groups.
@@ -54,6 +55,7 @@ class RoutedSample:
     score_TC: NDArray[np.floating[Any]]
     gram_TU: NDArray[np.floating[Any]]
     stream_sq_T: NDArray[np.floating[Any]]
+    turn_T: NDArray[np.floating[Any]]
     domain_T: NDArray[np.integer[Any]]
     share_T: NDArray[np.floating[Any]]
     choice_TE: NDArray[np.floating[Any]] | None = None
@@ -107,6 +109,26 @@ def token_weights(sample: RoutedSample, name: str, share_D: Sequence[float] | No
         wanted_D = np.ones_like(mass_D) if share_D is None else np.asarray(share_D)
         weight_T *= np.divide(wanted_D, mass_D, out=np.zeros_like(mass_D), where=mass_D > 0)[sample.domain_T]
     return weight_T
+
+
+def easy_ep(sample: RoutedSample, share_D: Sequence[float] | None = None) -> Array:
+    """EASY-EP: the sum over routed tokens of g ‖f‖ max(1 - cos(h, h'), 0), so that tokens count that a layer turns.
+
+    Dong et al. 2025, on domain-specific pruning of DeepSeek-R1. It is estimated from the sampled tokens.
+
+    Args:
+        sample: the layer's tokens.
+        share_D: each domain's share of the tokens, in place of the one that it has.
+    """
+    own_TC = _Losses(sample).own_TC
+    on_diagonal = np.cumsum([0, *range(sample.expert_TC.shape[1], 1, -1)])
+    norm_TC = np.sqrt(sample.gram_TU[:, on_diagonal].astype(np.float64))
+    weight_T = token_weights(sample, "plain", share_D) * np.maximum(sample.turn_T, 0)
+    gated_TC = weight_T[:, None] * own_TC * norm_TC
+    score_E = np.bincount(
+        sample.expert_TC.ravel().astype(np.int64), weights=gated_TC.ravel(), minlength=sample.rule.num_experts
+    )
+    return score_E.astype(np.float64)
 
 
 def rerouted_error(sample: RoutedSample, kept: Sequence[int], weight_T: Array) -> float:
@@ -185,11 +207,11 @@ class _Losses:
         rows, columns = np.triu_indices(num_candidates)
         self._pair = np.zeros((num_candidates, num_candidates), dtype=np.int64)
         self._pair[rows, columns] = self._pair[columns, rows] = np.arange(len(rows))
-        self._own_TC = np.zeros(sample.expert_TC.shape)
+        self.own_TC = np.zeros(sample.expert_TC.shape)
         self.output_sq_T = np.empty(len(sample))
         for part in _parts(len(sample)):
-            self._own_TC[part] = self._coefficients_without(part, np.full((len(part), 1), rule.num_experts))[:, 0]
-            self.output_sq_T[part] = self._squares(part, self._own_TC[part][:, None])[:, 0]
+            self.own_TC[part] = self._coefficients_without(part, np.full((len(part), 1), rule.num_experts))[:, 0]
+            self.output_sq_T[part] = self._squares(part, self.own_TC[part][:, None])[:, 0]
         self.num_left_T = np.full(len(sample), num_candidates)
         # The best of each group that does not count in its score: it would, were one before it removed.
         self._behind_TG = np.full((len(sample), rule.num_groups), rule.num_experts)
@@ -286,7 +308,7 @@ class _Losses:
     def _without(self, tokens: NDArray[np.int64], removed_NR: NDArray[np.int64]) -> Array:
         """‖y_K - y‖² with one more expert removed, [N, R]."""
         coefficient_NRC = self._coefficients_without(tokens, removed_NR)
-        return self._squares(tokens, coefficient_NRC - self._own_TC[tokens][:, None])
+        return self._squares(tokens, coefficient_NRC - self.own_TC[tokens][:, None])
 
     def _coefficients_without(self, tokens: NDArray[np.int64], removed_NR: NDArray[np.int64]) -> Array:
         """c_K with one more expert removed, [N, R, C]."""

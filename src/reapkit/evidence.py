@@ -16,7 +16,7 @@ import numpy as np
 from reapkit import criteria, outputs
 from reapkit.criteria import Scores, of_domain
 from reapkit.elimination import Array, RoutedSample, eliminate, rerouted_error, token_weights
-from reapkit.plans import Choice, num_kept, score_blended, select
+from reapkit.plans import Choice, num_kept, score_blended, score_sampled, select
 from reapkit.progress import Progress, silent
 from reapkit.samples import RoutedSamples
 from reapkit.statistics import NUM_FOLDS, Statistics
@@ -182,6 +182,9 @@ def _by_folds(
                 ).order
                 scores[index] = np.where(np.isin(np.arange(plan.num_experts), gone), 0.0, 1.0)
             found = Scores(plan.criterion, scores)
+        elif plan.criterion == criteria.EASY_EP:
+            assert sample is not None
+            found = score_sampled(sample, blend, folds=folds)
         elif plan.criterion == criteria.RANDOM:
             found = choice.scores
         else:

@@ -22,7 +22,7 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Blend, Scores
-from reapkit.elimination import Elimination, check_weights, eliminate, token_weights
+from reapkit.elimination import Elimination, check_weights, easy_ep, eliminate, token_weights
 from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
 from reapkit.layout import Identity, MoELayout
 from reapkit.progress import Progress, silent
@@ -428,15 +428,18 @@ def choose(
     eliminations: Mapping[int, Elimination] = {}
     if criterion == criteria.RANDOM:
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
-    elif criterion == criteria.REROUTE:
+    elif criterion in criteria.OF_SAMPLE:
         if sample is None:
             if isinstance(source, Statistics):
-                raise UsageError("the criterion 'reroute' needs the sample of tokens beside the statistics' file")
+                raise UsageError(f"the criterion {criterion!r} needs the sample of tokens beside the statistics' file")
             sample = beside(Path(source))
         found = open_sample(sample, statistics)
+    if criterion == criteria.EASY_EP:
+        scores = score_sampled(found, mixed)
+    elif criterion == criteria.REROUTE:
         eliminations = _eliminate(found, weights, mixed, keep=count, protected=protected, progress=progress)
         scores = Scores(criterion, {index: _ranks(went, num_experts) for index, went in eliminations.items()})
-    else:
+    elif criterion != criteria.RANDOM:
         scores = score_blended(statistics, criterion, mixed)
     options = {"weights": weights} if criterion == criteria.REROUTE else {}
     options |= {} if blend is None else {"blend": blend}
@@ -475,6 +478,20 @@ def score_blended(statistics: Statistics, criterion: str, blend: Blend | None) -
         for index in layers
     }
     return Scores(criterion, ranks)
+
+
+def score_sampled(sample: RoutedSamples, blend: Blend | None, *, folds: tuple[int, ...] | None = None) -> Scores:
+    """Scores of every layer by the criterion `easy-ep`.
+
+    Raises:
+        UsageError: the blend `max-min`, which it has not.
+    """
+    if blend is not None and blend.share_D is None:
+        raise UsageError("--blend max-min is not there for the criterion 'easy-ep'", hint="--blend uniform")
+    share_D = None if blend is None else blend.share_D
+    return Scores(
+        criteria.EASY_EP, {index: easy_ep(sample.layer(index, folds=folds), share_D) for index in sample.layers}
+    )
 
 
 def _protected(statistics: Statistics, protect: str | None) -> dict[int, tuple[int, ...]]:

@@ -226,6 +226,8 @@ class _Seen(threading.local):
 
     logits: Tensor | None = None
     stream: Tensor | None = None
+    # Sampled tokens that wait for the end of the layer: what is known of them, their stream before, their places.
+    begun: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
 
 
 _seen = _Seen()
@@ -265,7 +267,7 @@ class RerouteRecorder:
         self._model = model
         self._batches = batches
         self._routers: dict[int, _Router] = {}
-        self._done: dict[int, dict[int, tuple[Tensor, ...]]] = {index: {} for index in self.layers}
+        self._done: dict[int, dict[int, dict[str, Tensor]]] = {index: {} for index in self.layers}
         self._wrong = torch.zeros((), dtype=torch.int64, device=model.device)
         rows, columns = torch.triu_indices(self.candidates, self.candidates)
         self._upper = (rows.to(model.device), columns.to(model.device))
@@ -303,10 +305,11 @@ class RerouteRecorder:
             what = "router" if "router" not in found else f"norm {selection.stream!r}"
             raise _refused(layout, f"layer {index} has no {what} where it is declared")
         self._routers[index] = _Router(found.get("bias"), found.get("scale"))
-        return [
+        hooks = [
             found["router"][0].register_forward_hook(_note_logits),
             norm.register_forward_pre_hook(_note_stream),
         ]
+        return hooks if index >= layout.num_layers else [*hooks, layer.register_forward_hook(_note_turn)]
 
     def observer(self, number: int, observe: RoutedObserver) -> RoutedObserver:
         """What one micro-batch's forward shows its routed pairs to, in front of another observer."""
@@ -338,8 +341,12 @@ class RerouteRecorder:
             for place in torch.split(place_M, TOKENS_AT_ONCE)
             if len(place)
         ]
-        if parts:
-            self._done[pairs.layer][number] = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        if not parts:
+            return
+        done = self._done[pairs.layer][number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # What comes after the layer is seen when it ends; of an MTP layer it is not.
+        done["turn"] = torch.ones_like(done["stream_sq"])
+        _seen.begun = (done, stream_ND[place_M], place_M)
 
     def _count_wrong(
         self, pairs: RoutedPairs, logits_NE: Tensor, bias_E: Tensor | None, scale_E: Tensor | None, is_real_N: Tensor
@@ -368,7 +375,7 @@ class RerouteRecorder:
         stream_MD: Tensor,
         bias_E: Tensor | None,
         scale_E: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
         score_ME, choice_ME = scores_of(self.rule, logits_ME, bias_E)
         chosen_MK = pairs.expert_NK[place_M]
         order_MK = choice_ME.gather(1, chosen_MK).argsort(dim=-1, descending=True, stable=True)
@@ -387,13 +394,13 @@ class RerouteRecorder:
         if scale_E is not None:
             out_MCD = out_MCD * scale_E.float()[expert_MC].unsqueeze(-1)
         gram_MCC = torch.bmm(out_MCD, out_MCD.transpose(1, 2))
-        measured = (
-            expert_MC.to(torch.int16),
-            score_ME.gather(1, expert_MC),
-            gram_MCC[:, *self._upper],
-            stream_MD.float().square().sum(-1),
-        )
-        return measured if self.rule.num_groups == 1 else (*measured, choice_ME)
+        measured = {
+            "expert": expert_MC.to(torch.int16),
+            "score": score_ME.gather(1, expert_MC),
+            "gram": gram_MCC[:, *self._upper],
+            "stream_sq": stream_MD.float().square().sum(-1),
+        }
+        return measured if self.rule.num_groups == 1 else {**measured, "choice": choice_ME}
 
     def flush(self, layer: int, writer: SampleWriter) -> None:
         """Write what micro-batches left in a layer; waits for the device.
@@ -414,7 +421,7 @@ class RerouteRecorder:
         for number, parts in done.items():
             behind_M = self.sample.behind_M[number]
             rows = np.flatnonzero(behind_M >= ahead)
-            for part, values in zip(("expert", "score", "gram", "stream_sq", "choice"), parts, strict=False):
+            for part, values in parts.items():
                 measured = values.cpu().numpy()
                 if len(rows) < len(behind_M):
                     whole = np.zeros((len(behind_M), *measured.shape[1:]), dtype=measured.dtype)
@@ -435,6 +442,15 @@ class RerouteRecorder:
 def _note_logits(router: nn.Module, args: Any, output: Any) -> None:
     # transformers' routers return their logits first.
     _seen.logits = output if isinstance(output, Tensor) else output[0]
+
+
+def _note_turn(layer: nn.Module, args: Any, output: Any) -> None:
+    if _seen.begun is None:
+        return
+    (done, before_MD, place_M), _seen.begun = _seen.begun, None
+    after_BTD = output if isinstance(output, Tensor) else output[0]
+    after_MD = after_BTD.reshape(-1, after_BTD.shape[-1])[place_M]
+    done["turn"] = 1 - nn.functional.cosine_similarity(before_MD.float(), after_MD.float(), dim=-1)
 
 
 def _note_stream(norm: nn.Module, args: Any) -> None:

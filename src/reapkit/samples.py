@@ -71,6 +71,7 @@ class SampleHeader:
                 "score": ("F32", (tokens, candidates)),
                 "gram": ("F32", (tokens, candidates * (candidates + 1) // 2)),
                 "stream_sq": ("F32", (tokens,)),
+                "turn": ("F32", (tokens,)),
             }
             if rule.num_groups > 1:
                 parts["choice"] = ("F32", (tokens, rule.num_experts))
@@ -210,7 +211,14 @@ class RoutedSamples:
         try:
             with safe_open(self.path, "numpy") as file:
                 parts = {name: file.get_tensor(name) for name in ("domain", "fold", "share")}
-                for part in ("expert", "score", "gram", "stream_sq", *(("choice",) if rule.num_groups > 1 else ())):
+                for part in (
+                    "expert",
+                    "score",
+                    "gram",
+                    "stream_sq",
+                    "turn",
+                    *(("choice",) if rule.num_groups > 1 else ()),
+                ):
                     parts[part] = file.get_tensor(f"layers.{index}.{part}")
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path} cannot be read: {error}", hint="observe again") from None
@@ -228,6 +236,7 @@ class RoutedSamples:
             parts["score"][taken],
             parts["gram"][taken],
             parts["stream_sq"][taken],
+            parts["turn"][taken],
             parts["domain"][taken],
             parts["share"][taken],
             parts["choice"][taken] if "choice" in parts else None,
