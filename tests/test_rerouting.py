@@ -20,10 +20,12 @@ from reapkit.calibration import batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import app
 from reapkit.errors import DataError, OutputError, UnsupportedError, UsageError
+from reapkit.layout import Identity
 from reapkit.modules import load_tokenizer
 from reapkit.observation import Observation, Run
 from reapkit.rerouting import Reroute, choose_tokens
-from reapkit.samples import RoutedSamples, beside
+from reapkit.samples import RoutedSamples, SampleHeader, beside
+from reapkit.selection import Rule
 from reapkit.statistics import Statistics
 from streaming import full_model, text_rows, write_jsonl
 
@@ -238,6 +240,14 @@ def test_a_disk_without_room_is_said_before_anything_is_observed(
 def test_the_estimated_size_of_the_sample_is_right(folder: Path, text: str, observed: Path) -> None:
     assert observation(folder, text).estimate().reroute_bytes == beside(observed).stat().st_size
     assert observation(folder, text, reroute=None).estimate().reroute_bytes == 0
+
+
+def test_the_size_that_the_documentation_names_is_that_of_minimax_m2() -> None:
+    rule = Rule(256, 8, "sigmoid", True, 1.0, 0.0)
+    source = Identity("somewhere", None, "layout", "routing", "weights")
+    header = SampleHeader(source, {}, "digest", 0, ("a",), 32_768, 16, dict.fromkeys(range(62), rule))
+    page = (Path(__file__).parents[1] / "docs/reroute.md").read_text(encoding="utf-8")
+    assert f"{header.nbytes / 1e9:.2f} GB for MiniMax-M2" in page
 
 
 # ---- what is refused

@@ -223,6 +223,15 @@ def observe(
     seed: Seed = 0,
     reroute_tokens: RerouteTokens = 0,
     reroute_candidates: RerouteCandidates = 16,
+    until_stable: Annotated[
+        float | None,
+        typer.Option(
+            metavar="J",
+            help="stop when the sets that halves of the text would keep agree so far, like 0.98; with --ratio or --keep",
+        ),
+    ] = None,
+    ratio: Ratio = None,
+    keep: Keep = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
@@ -231,7 +240,7 @@ def observe(
     verbose: Verbose = False,
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
-    from reapkit.observation import Observation
+    from reapkit.observation import Observation, Settled
     from reapkit.outputs import require_target
     from reapkit.ranks import Ranks
     from reapkit.rerouting import Reroute
@@ -243,8 +252,9 @@ def observe(
     quiet = quiet or ranks.rank > 0
     reroute = Reroute(reroute_tokens, reroute_candidates) if reroute_tokens else None
     observation = Observation(
-        source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks, reroute=reroute
-    )
+        source, data, run=run, max_length=max_length, seed=seed, revision=revision, ranks=ranks, reroute=reroute,
+        until=None if until_stable is None else Settled(until_stable, ratio, keep),
+    )  # fmt: skip
     sources = [source.to_json() for source in observation.data.sources]
     _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
@@ -260,6 +270,13 @@ def observe(
                      "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip
     elif not quiet:
         layers, domains = len(statistics.layers), _escape(", ".join(statistics.domains))
+        if until_stable is not None:
+            told = (
+                "settled after"
+                if statistics.num_tokens < observation.data.num_tokens
+                else "had not settled before the end of"
+            )
+            _note(f"the choice {told} {statistics.num_tokens:,} of {observation.data.num_tokens:,} tokens")
         _note(f"wrote {_escape(str(output))}: {layers} layers, {statistics.num_tokens:,} tokens, domains {domains}")
 
 

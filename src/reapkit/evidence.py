@@ -155,6 +155,24 @@ def gather(
     )
 
 
+def agreement_of_halves(statistics: Statistics, *, keep: int, criterion: str = "reap") -> float:
+    """Jaccard index of the sets that two halves of the documents would keep, the mean over layers and ways of halving."""
+    shares = []
+    for halves in HALVES:
+        one, other = (
+            select(
+                criteria.score(
+                    {index: criteria.of_folds(layer, folds) for index, layer in statistics.layers.items()}, criterion
+                ),
+                keep=keep,
+                num_groups=statistics.num_groups,
+            )
+            for folds in halves
+        )
+        shares += [jaccard(one[index], other[index]) for index in one]
+    return float(np.mean(shares))
+
+
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
     """Shared members over all members."""
     return len(set(one) & set(other)) / len(set(one) | set(other))

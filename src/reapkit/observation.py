@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +23,13 @@ import numpy as np
 import torch
 
 from reapkit import layout as layouts
+from reapkit import plans
 from reapkit.activations import PLACES, RESIDENT, Place
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, DataError, ResourceError, UnsupportedError, UsageError, did_you_mean
+from reapkit.evidence import agreement_of_halves
 from reapkit.experts import experts_of
 from reapkit.interrupts import deferred, safe_point
 from reapkit.layout import Identity
@@ -72,6 +74,8 @@ WAVE_SECONDS = 120.0
 WAVE_READS = 2.0
 # No machine that runs such models is slower: below a wave's length at this rate, rates need not be measured.
 SLOWEST_FLOPS = 1e10
+# Waves at least where observing may stop when the choice has settled: it stops at the end of one, and each reads the weights once.
+SETTLING_WAVES = 8
 # Share of the free memory that activations may take when no budget is given. On a GPU it is of what two layers and a micro-batch leave,
 # short of what fragments; a host's memory is also for the page cache and for others.
 BUDGET_SHARE = {"cuda": 0.8, "cpu": 0.4}
@@ -131,6 +135,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """When enough text has been observed: the sets that its halves would keep agree this far.
+
+    Attributes:
+        agreement: Jaccard index, of the criterion `reap`.
+        ratio: share of the experts to remove, read as a decimal; or
+        keep: number of experts to keep per layer.
+    """
+
+    agreement: float
+    ratio: str | float | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What an observation would take, before it starts.
 
@@ -176,6 +195,7 @@ class Observation:
         revision: of a hub id.
         ranks: which share of the micro-batches is observed here.
         reroute: what to gather for re-routed errors; None gathers nothing.
+        until: when to stop before the end of the text; None observes all of it.
 
     Raises:
         UnsupportedError: among others, re-routed errors are not defined for this family.
@@ -192,6 +212,7 @@ class Observation:
         revision: str | None = None,
         ranks: Ranks | None = None,
         reroute: Reroute | None = None,
+        until: Settled | None = None,
     ) -> None:
         device, dtype = run.resolve()
         self.ranks = Ranks() if ranks is None else ranks
@@ -225,7 +246,22 @@ class Observation:
             )
         self.recorder = None if reroute is None else RerouteRecorder(self.model, everything, reroute, seed=seed)
         self.place, self.budget = self._choose_place(run)
+        self.until = until
+        self._keep = 0 if until is None else self._require_settling(until)
         self.waves = self._split(self.batches)
+
+    def _require_settling(self, until: Settled) -> int:
+        """The number of experts that would stay, where observing may stop early at all."""
+        if not 0 < until.agreement <= 1:
+            raise UsageError(f"--until-stable {until.agreement} is not a share of experts", hint="for example 0.98")
+        if self.ranks.count > 1:
+            raise UsageError(
+                "--until-stable looks at the sums of all text, which no single process has", hint="leave it out"
+            )
+        if self.recorder is not None:
+            raise UsageError("--until-stable and --reroute-tokens do not go together: tokens are sampled from all of the text",
+                             hint="see first how much text it takes, then sample")  # fmt: skip
+        return plans.require_target(self.layout, criterion="reap", ratio=until.ratio, keep=until.keep)
 
     @cached_property
     def compute_rate(self) -> float:
@@ -449,8 +485,19 @@ class Observation:
                 batches = {"batches": len(self.batches), "finished_batches": finished}
                 self._described(sums.totals(), **batches).save(keep)
                 safe_point()
+            if self.until is not None and finished < len(self.batches):
+                agreement = agreement_of_halves(self._described(sums.totals()), keep=self._keep)
+                if agreement >= self.until.agreement:
+                    progress("observe", total, total, "tokens x layers")
+                    break
         layers = self.ranks.add(sums.totals())
-        lengths = np.array([len(document.input_ids) for document in self.data.documents])
+        is_whole = finished == len(self.batches)
+        seen_lengths = [batch.length_B for batch in self.batches[:finished]]
+        lengths = (
+            np.array([len(document.input_ids) for document in self.data.documents])
+            if is_whole
+            else np.concatenate(seen_lengths)
+        )
         for index, layer in layers.items():
             layer.require_finite(index)
             # An MTP layer takes the next token, which the last ones of a document do not have.
@@ -461,7 +508,14 @@ class Observation:
                     f"layer {index} sent {seen:,} of {expected:,} tokens through transformers' experts function, "
                     "so its experts cannot be observed"
                 )
-        return self._described(layers)
+        whole = self._described(layers)
+        return whole if is_whole else replace(whole, calibration=(self._first_part(finished),))
+
+    def _first_part(self, finished: int) -> CalibrationRecord:
+        """The record of text that was not observed to its end: other text than the whole, as far as sums go."""
+        tokens = sum(int(batch.length_B.sum()) for batch in self.batches[:finished])
+        digest = hashlib.sha256(f"{self.data.digest} first {finished} of {len(self.batches)}".encode()).hexdigest()
+        return CalibrationRecord(digest, tokens, self.seed, tuple(source.to_json() for source in self.data.sources))
 
     def _begun(self, keep: Path | None) -> Statistics | None:
         """What an interrupted run of the same observation left."""
@@ -509,6 +563,8 @@ class Observation:
         if layer_tokens * _flops_per_token(model) > SLOWEST_FLOPS * WAVE_SECONDS:
             longest = max(WAVE_SECONDS, WAVE_READS * model.nbytes_per_pass / self.disk_rate)
             shortest = math.ceil(layer_tokens / self.compute_rate / longest)
+        if self.until is not None:
+            shortest = max(shortest, min(len(parts), SETTLING_WAVES))
         return split_into_waves(
             parts,
             budget=self.budget,

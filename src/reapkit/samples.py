@@ -187,7 +187,7 @@ class RoutedSamples:
             rules = {int(index): Rule(**rule) for index, rule in described["rules"].items()}
             tokens, candidates = infos[f"layers.{min(rules)}.expert"].shape
             header = SampleHeader(
-                Identity(**described["source"]), described["settings"], described["digest"], described["seed"],
+                Identity.from_json(described["source"]), described["settings"], described["digest"], described["seed"],
                 tuple(described["domains"]), tokens, candidates, rules,
             )  # fmt: skip
             if [(name, info.dtype, info.shape) for name, info in infos.items()] != header.tensors():
