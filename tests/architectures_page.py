@@ -30,8 +30,11 @@ be observed can be merged, but for Llama-4. [Every on-disk format](formats.md) c
 observed, whatever the family. MTP layers that have experts are measured where transformers can run them, and otherwise pruned with
 the kept set of the last decoder layer or of one that `--mtp` names; `--mtp drop` removes them.
 
-| family | `model_type` | routing | observe | prune | MTP experts | checks passed |
-|---|---|---|---|---|---|---|
+`reroute` says whether the criterion of that name can be used: whether the family's selection rule can be restricted to kept experts
+without touching other tokens. The rule is held to the model's own choices whenever it is observed, and in the checks to a masked router.
+
+| family | `model_type` | routing | observe | prune | reroute | MTP experts | checks passed |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -74,7 +77,7 @@ def render(by_family: Mapping[str, Results], by_check: Mapping[str, int]) -> str
         mine = [by_family[family.name] for family in FAMILIES if family.architecture is entry]
         counts = f"{sum(result.passed for result in mine)} of {sum(result.total for result in mine)}" if mine else "-"
         types = ", ".join(f"`{name}`" for name in entry.model_types)
-        cells = (entry.name, types, row["routing"], row["observe"], row["prune"], row["mtp"], counts)
+        cells = (entry.name, types, row["routing"], row["observe"], row["prune"], row["reroute"], row["mtp"], counts)
         text += f"| {' | '.join(cells)} |\n"
         for reason in {reason for result in mine for reason in result.skipped}:
             notes[reason].append(entry.name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reapkit import plans
-from reapkit.criteria import CRITERIA, RANDOM, check, score, score_at_random
+from reapkit.criteria import CRITERIA, OTHERS, RANDOM, check, score, score_at_random
 from reapkit.errors import UsageError
 from reapkit.statistics import LayerStatistics
 
@@ -27,6 +27,9 @@ BY_HAND = {
     # expert 0: 4 + 2 + 8 + 2 + 0 + 4; expert 1: 8 + 6 + 4 + 2; expert 2: 1 + 9
     "ean-sum": [20, 20, 10, 0],
     "ean-mean": [20 / 6, 5, 5, 0],
+    "man": [20 / 6, 5, 5, 0],
+    # expert 0: 16 + 4 + 64 + 4 + 0 + 16; expert 1: 64 + 36 + 16 + 4; expert 2: 1 + 81
+    "msan": [104 / 6, 30, 41, 0],
     # expert 0: 0.75 + 0.5 + 0.25 + 0.5 + 1 + 0.75; expert 1: 0.25 + 0.5 + 0.5 + 0.25; expert 2: 0.75 + 0
     "gate-sum": [3.75, 1.5, 0.75, 0],
 }
@@ -40,6 +43,7 @@ def observed() -> LayerStatistics:
         layer.count_SE[at] += 1
         layer.gate_SE[at] += gate
         layer.norm_SE[at] += norm
+        layer.norm_sq_SE[at] += norm**2
         layer.gated_norm_SE[at] += gate * norm
     return layer
 
@@ -61,6 +65,7 @@ def test_criteria_choose_different_experts_where_the_definitions_say_so() -> Non
     # ean-sum ties experts 0 and 1, ean-mean 1 and 2: the lower number stays.
     assert kept == {
         "reap": (1,), "gated-norm-sum": (0,), "frequency": (0,), "ean-sum": (0,), "ean-mean": (1,), "gate-sum": (0,),
+        "man": (1,), "msan": (2,),
     }  # fmt: skip
 
 
@@ -91,6 +96,7 @@ def test_an_unknown_criterion_is_answered_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="there is no criterion 'raep'") as caught:
         score({0: observed()}, "raep")
     assert caught.value.hint == "did you mean 'reap'?"
-    with pytest.raises(UsageError, match="'random' scores without statistics"):
+    with pytest.raises(UsageError, match="'random' is no function of statistics alone"):
         score({0: observed()}, RANDOM)
-    check(RANDOM)
+    for name in OTHERS:
+        check(name)

@@ -157,6 +157,8 @@ def test_the_page_of_architectures_is_what_make_docs_writes() -> None:
             reasons["mtp_layers_that_are_not_run"] = test_families.RUNS_MTP
         elif family.has_mtp:
             reasons["mtp_layers_that_transformers_can_run"] = test_families.CANNOT_RUN_MTP
+        if refused := test_families.REFUSED.get(family.name):
+            reasons["rerouted_errors"] = test_families.REFUSAL.format(refused)
         wanted = [name for name in functions if family.has_mtp or name not in of_mtp]
         passed = [name for name in wanted if not any(part in name for part in reasons)]
         for name in passed:

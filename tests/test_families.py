@@ -26,9 +26,13 @@ from reapkit import layout as layouts
 from reapkit import plans, prune, verify
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
+from reapkit.elimination import rerouted_error, token_weights
+from reapkit.errors import UnsupportedError
 from reapkit.modules import load_tokenizer
-from reapkit.observation import Run, observe
+from reapkit.observation import Observation, Run, observe
 from reapkit.plans import PruningPlan
+from reapkit.rerouting import Reroute
+from reapkit.samples import RoutedSamples
 from reapkit.statistics import LayerStatistics
 from streaming import streamed_logits, streamed_model, text_rows, token_batches, write_jsonl
 
@@ -362,6 +366,49 @@ def test_groups_of_the_router_keep_equally_many_experts(built: Built, plan: Prun
     for kept in plan.kept.values():
         per_group = [sum(expert // size == group for expert in kept) for group in range(layout.num_groups)]
         assert len(set(per_group)) == 1
+
+
+def test_rerouted_errors_are_those_of_a_masked_router(built: Built, plan: PruningPlan, tmp_path: Path) -> None:
+    rows = text_rows(12)
+    text = write_jsonl(tmp_path / "text.jsonl", rows)
+    everything = Reroute(tokens=1_000_000, candidates=built.num_experts)
+    if refused := REFUSED.get(built.family.name):
+        with pytest.raises(UnsupportedError, match=refused):
+            Observation(built.folder, [text], run=RUN, max_length=64, seed=0, reroute=everything)
+        pytest.skip(REFUSAL.format(refused))
+    observe(built.folder, [text], run=RUN, max_length=64, reroute=everything, sample=tmp_path / "sample")
+    # The first layer of the pruned model still has the same inputs.
+    layer = min(experts_modules(built.model))
+    sample = RoutedSamples.open(tmp_path / "sample").layer(layer)
+    tokenizer = load_tokenizer(Checkpoint.open(built.folder))
+    inputs = [np.array([tokenizer(row["text"])["input_ids"]]) for row in rows]
+    outputs: list[Tensor] = []
+    hook = experts_modules(built.model)[layer].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    logits(built.model, inputs)
+    whole, outputs = torch.cat([part.reshape(-1, part.shape[-1]) for part in outputs]), []
+    with masked_routers(built, plan):
+        logits(built.model, inputs)
+    hook.remove()
+    masked = torch.cat([part.reshape(-1, part.shape[-1]) for part in outputs])
+    weight = np.ones(len(sample))
+    assert len(sample) == len(whole)
+    expected = float((masked - whole).square().sum())
+    assert expected > 0.01 * float(whole.square().sum())
+    np.testing.assert_allclose(rerouted_error(sample, plan.kept[layer], weight), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        1 / token_weights(sample, "relative").mean(), 1 / np.mean(1 / whole.square().sum(-1).numpy()), rtol=1e-3
+    )
+
+
+REFUSAL = "the criterion reroute is refused: {}"
+OVER_ALL = "its softmax runs over all experts and is not renormalised"
+BIASED = "its selection bias is added to a softmax over all experts"
+ON_INPUTS = "its router's score multiplies what goes into an expert and not what comes out"
+REFUSED = {
+    "Qwen2-MoE": OVER_ALL, "DeepSeek-V2": OVER_ALL, "OLMoE": OVER_ALL, "Flex-OLMo": OVER_ALL, "Jamba": OVER_ALL,
+    "ERNIE-4.5": BIASED, "LongCat-Flash": BIASED, "PhiMoE": "its sparsemixer weighs each of two experts by those near it",
+    "Llama-4": ON_INPUTS, "Llama-4 text": ON_INPUTS,
+}  # fmt: skip
 
 
 # ---- multi-token prediction

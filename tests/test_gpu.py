@@ -56,6 +56,8 @@ def test_streamed_logits_equal_the_loaded_models_bit_for_bit(dtype: torch.dtype)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the largest value: a rounding or two in the dtype.
+# What sums do not look at.
+UNSEEN = (torch.empty(0), torch.empty(0), lambda places, experts: places)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -108,7 +110,7 @@ def test_combining_equals_a_sum_in_float64(dtype: torch.dtype, width: int) -> No
 def test_adding_pairs_equals_the_plain_sums_twice_to_the_same_bits() -> None:
     rows, experts = 8, 16
     expert_P, order_P, gate_P = routed_pairs(5000, experts, 4)
-    pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, torch.rand(len(order_P), device="cuda"))
+    pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, torch.rand(len(order_P), device="cuda"), *UNSEEN)
     row_N = torch.randint(rows + 1, (5000,), device="cuda")  # the last row is padding
     begun = {0: LayerStatistics.zeros(rows, experts)}
     totals = []
@@ -134,7 +136,7 @@ def test_what_is_not_finite_is_named_with_micro_batch_and_expert(used: Any) -> N
         if number == 1:
             norm_P[(expert_P == 5).nonzero()[3]] = float("nan")
             norm_P[(expert_P == 9).nonzero()[0]] = float("inf")
-        pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, norm_P)
+        pairs = RoutedPairs(0, expert_P, order_P // 4, gate_P, norm_P, *UNSEEN)
         sums._layers[0].add(pairs, torch.zeros(500, dtype=torch.int64, device="cuda"), np.zeros(4), number)
     with pytest.raises(DataError, match="layer 0, expert 5, micro-batch 1"):
         sums.require_finite(0)

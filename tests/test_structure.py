@@ -16,14 +16,15 @@ SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
-    ("hub", "sources", "checkpoint", "quantization", "layout", "architectures", "geometry", "dialects"),
-    ("statistics", "criteria", "plans", "clusters"),
+    ("hub", "sources", "checkpoint", "quantization", "selection", "layout", "architectures", "geometry", "dialects"),
+    ("statistics", "criteria", "elimination", "samples", "plans", "recovery", "evidence", "clusters"),
     (
         "calibration",
         "kernels",
         "fusion",
         "formats",
         "neurons",
+        "magnitudes",
         "experts",
         "activations",
         "modules",
@@ -32,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "inventory",
         "capacity",
+        "rerouting",
         "observation",
         "similarity",
         "fidelity",

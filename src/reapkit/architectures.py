@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from reapkit.layout import Architecture, Slot
+from reapkit.selection import Selection
 
 # Tensors that most families share; the pattern is the name's end after the block.
 _EXPERTS = Slot("experts.{expert}.{rest}", None, "expert")
@@ -28,6 +29,16 @@ _SIGMOID = "sigmoid + selection bias"
 _SIGMOID_GROUPS = "sigmoid + selection bias, groups"
 _IMAGES = "text alone does not measure experts that images use: give rows with images, and check images after"
 
+_RENORMALISED = "norm_topk_prob"
+_BY_SIGMOID = Selection("sigmoid")
+_BY_SIGMOID_SCALED = Selection("sigmoid", normalise=_RENORMALISED, scaling="routed_scaling_factor", epsilon=1e-20)
+_BY_SOFTMAX = Selection("softmax")
+_BY_SOFTMAX_MAYBE = Selection("softmax", normalise=_RENORMALISED)
+_BIASED_SOFTMAX = Selection(
+    "softmax",
+    obstacle="its selection bias is added to a softmax over all experts, so removing any changes every token's choice",
+)
+
 _DEEPSEEK_V3 = Architecture(
     name="DeepSeek-V3, R1, V3.1",
     model_types=("deepseek_v3",),
@@ -38,6 +49,7 @@ _DEEPSEEK_V3 = Architecture(
     topk_groups_key="topk_group",
     mtp_keys=_NEXT_N,
     scoring=_SIGMOID_GROUPS,
+    selection=_BY_SIGMOID_SCALED,
 )
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -47,6 +59,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_SPARSE,),
         slots=(_EXPERTS, _GATE, _BLOCK_BIAS),
         scoring=_SIGMOID,
+        selection=_BY_SIGMOID,
     ),
     Architecture(
         name="MiniMax-M3",
@@ -55,6 +68,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         slots=(_EXPERTS, _GATE, _BLOCK_BIAS),
         unpruned=_SHARED_EXPERTS,
         scoring=_SIGMOID,
+        selection=_BY_SIGMOID,
         caution=_IMAGES,
     ),
     Architecture(
@@ -64,6 +78,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_SPARSE,),
         slots=(_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX,
     ),
     Architecture(
         name="Qwen2-MoE",
@@ -72,6 +87,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         slots=(_EXPERTS, _GATE),
         unpruned=_SHARED_EXPERT,
         scoring="softmax",
+        selection=_BY_SOFTMAX_MAYBE,
     ),
     Architecture(
         name="Qwen3-MoE",
@@ -79,6 +95,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_MLP,),
         slots=(_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX_MAYBE,
     ),
     Architecture(
         name="Qwen3-Next",
@@ -89,6 +106,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         slots=(_EXPERTS, _GATE),
         unpruned=_SHARED_EXPERT,
         scoring="softmax",
+        selection=_BY_SOFTMAX_MAYBE,
     ),
     Architecture(
         name="Qwen3-VL-MoE",
@@ -96,6 +114,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_MLP_OF_TEXT,),
         slots=(_EXPERTS, _STACKED_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX,
         caution=_IMAGES,
     ),
     Architecture(
@@ -107,6 +126,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         slots=(_EXPERTS, _STACKED_EXPERTS, _GATE),
         unpruned=_SHARED_EXPERT,
         scoring="softmax",
+        selection=_BY_SOFTMAX,
         caution=_IMAGES,
     ),
     replace(
@@ -141,6 +161,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("n_group",),
         topk_groups_key="topk_group",
         scoring="softmax, groups",
+        selection=Selection("softmax", normalise=False, scaling="routed_scaling_factor", group_best=1),
     ),
     _DEEPSEEK_V3,
     replace(
@@ -173,6 +194,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("num_expert_group",),
         topk_groups_key="topk_group",
         scoring=_SIGMOID_GROUPS,
+        selection=_BY_SIGMOID_SCALED,
     ),
     Architecture(
         name="Mixtral",
@@ -180,6 +202,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_SPARSE,),
         slots=(_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX,
     ),
     Architecture(
         name="Llama-4",
@@ -189,6 +212,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         unpruned=_SHARED_EXPERT,
         runs_own_experts=True,
         scoring="sigmoid on the experts' inputs",
+        selection=Selection(
+            "sigmoid", obstacle="its router's score multiplies what goes into an expert and not what comes out"
+        ),
         caution=_IMAGES,
     ),
     Architecture(
@@ -199,6 +225,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         unpruned=_SHARED_EXPERTS,
         top_k_keys=("moe_k", "num_experts_per_tok"),
         scoring="softmax + selection bias",
+        selection=_BIASED_SOFTMAX,
     ),
     Architecture(
         name="ERNIE-4.5-VL",
@@ -206,6 +233,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(),
         slots=(),
         scoring="softmax + selection bias, by modality",
+        selection=_BIASED_SOFTMAX,
         refusal="ERNIE-4.5-VL has experts for text and others for images in one list, and text alone would remove those for images",
     ),
     Architecture(
@@ -216,6 +244,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         top_k_keys=("num_experts_per_tok", "experts_per_token"),
         interleaved=True,
         scoring="softmax of the chosen",
+        selection=_BY_SOFTMAX,
     ),
     Architecture(
         name="OLMoE",
@@ -223,6 +252,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_MLP,),
         slots=(_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX_MAYBE,
     ),
     Architecture(
         name="Flex-OLMo",
@@ -230,6 +260,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_MLP,),
         slots=(_EXPERTS, _GATE),
         scoring="softmax",
+        selection=_BY_SOFTMAX_MAYBE,
     ),
     Architecture(
         name="Granite-MoE, Shared, Hybrid",
@@ -241,6 +272,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Slot("router.layer.weight", 0, "router"),
         ),
         scoring="softmax of the chosen",
+        selection=_BY_SOFTMAX,
     ),
     Architecture(
         name="PhiMoE",
@@ -248,6 +280,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_SPARSE,),
         slots=(_EXPERTS, _GATE),
         scoring="sparsemixer",
+        selection=Selection(
+            "softmax",
+            obstacle="its sparsemixer weighs each of two experts by those near it, which is no rule of scores and a sum",
+        ),
     ),
     replace(
         _DEEPSEEK_V3,
@@ -263,6 +299,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         unpruned=("shared_mlp.{rest}",),
         top_k_keys=("moe_topk", "num_experts_per_tok"),
         scoring="softmax",
+        selection=_BY_SOFTMAX,
     ),
     Architecture(
         name="LFM2-MoE",
@@ -270,11 +307,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_FEED_FORWARD,),
         slots=(_EXPERTS, _GATE, Slot("expert_bias", 0, "bias")),
         scoring=_SIGMOID,
+        selection=Selection(
+            "sigmoid", normalise=_RENORMALISED, scaling="routed_scaling_factor", epsilon=1e-6, stream="ffn_norm"
+        ),
     ),
     replace(
         _DEEPSEEK_V3,
         name="Nemotron-3",
         model_types=("nemotron_h",),
+        selection=replace(_BY_SIGMOID_SCALED, stream="norm"),
         blocks=("backbone.layers.{layer}.mixer.",),
         num_layers_keys=("num_hidden_layers", "layers_block_type", "hybrid_override_pattern"),
         mtp_blocks=("mtp.layers.{layer}.mixer.",),
@@ -296,6 +337,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         top_k_keys=("moe_top_k", "num_experts_per_tok"),
         scoring=_SIGMOID,
+        selection=_BY_SIGMOID,
     ),
     Architecture(
         name="MiMo-V2-Flash",
@@ -305,6 +347,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("n_group",),
         topk_groups_key="topk_group",
         scoring=_SIGMOID_GROUPS,
+        selection=_BY_SIGMOID_SCALED,
     ),
     Architecture(
         name="Ling, Ring",
@@ -318,6 +361,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("n_group", "num_expert_group"),
         topk_groups_key="topk_group",
         scoring=_SIGMOID_GROUPS,
+        selection=_BY_SIGMOID_SCALED,
     ),
     Architecture(
         name="LongCat-Flash",
@@ -333,6 +377,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_layers_keys=("num_layers",),
         num_zero_experts_key="zero_expert_num",
         scoring="softmax + selection bias",
+        selection=_BIASED_SOFTMAX,
     ),
     Architecture(
         name="AFMoE, Trinity",
@@ -343,6 +388,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("n_group",),
         topk_groups_key="topk_group",
         scoring=_SIGMOID_GROUPS,
+        selection=Selection("sigmoid", scaling="route_scale", epsilon=1e-20, stream="pre_mlp_layernorm"),
     ),
     Architecture(
         name="Jamba",
@@ -350,6 +396,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         blocks=(_FEED_FORWARD,),
         slots=(_EXPERTS, Slot("router.weight", 0, "router")),
         scoring="softmax",
+        selection=Selection("softmax", normalise=False, stream="pre_ff_layernorm"),
     ),
     Architecture(
         name="DBRX",
@@ -363,6 +410,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_layers_keys=("n_layers",),
         experts_section="ffn_config",
         scoring="softmax",
+        selection=Selection("softmax", stream="norm_2"),
     ),
     Architecture(
         name="Gemma-4",
@@ -376,6 +424,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         unpruned=("self_attn.{rest}", "mlp.{rest}", "router.scale"),
         top_k_keys=("top_k_experts", "num_experts_per_tok"),
         scoring="softmax x scale per expert",
+        selection=Selection("softmax", expert_scale="router.per_expert_scale", stream="pre_feedforward_layernorm"),
         caution=_IMAGES,
     ),
     Architecture(
@@ -387,6 +436,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_groups_keys=("n_group",),
         topk_groups_key="topk_group",
         scoring=_SIGMOID_GROUPS,
+        selection=_BY_SIGMOID_SCALED,
     ),
     replace(
         _DEEPSEEK_V3,
@@ -395,6 +445,18 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         mtp_keys=(),
     ),
 )
+
+
+def rerouted(entry: Architecture) -> str:
+    """Whether re-routed errors are defined by the family's selection rule."""
+    selection = entry.selection
+    if entry.refusal or selection.obstacle or (selection.scoring == "softmax" and selection.normalise is False):
+        return "no"
+    return (
+        f"where {selection.normalise}"
+        if selection.scoring == "softmax" and isinstance(selection.normalise, str)
+        else "yes"
+    )
 
 
 def described(entry: Architecture) -> dict[str, Any]:
@@ -407,6 +469,7 @@ def described(entry: Architecture) -> dict[str, Any]:
         "routing": entry.scoring,
         "observe": works if len(run) == len(entry.model_types) else f"{', '.join(run)} only",
         "prune": works,
+        "reroute": rerouted(entry),
         "merge": "no" if entry.refusal or entry.runs_own_experts else "yes",
         "formats": "no" if entry.refusal else "all",
         "mtp": "kept or dropped" if entry.mtp_keys else "-",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from reapkit.capacity import Capacity, Demand
+    from reapkit.evidence import Evidence
     from reapkit.fidelity import Figure
     from reapkit.inventory import Inventory
     from reapkit.layout import Architecture
@@ -118,6 +119,20 @@ Utilization = Annotated[
     float | None, typer.Option("--gpu-memory-utilization", metavar="S", help="share of a card's memory to take; 0.92 by default")
 ]  # fmt: skip
 Private = Annotated[bool, typer.Option("--private", help="make a new repository private")]
+RerouteTokens = Annotated[
+    int, typer.Option(metavar="N", min=0, help="sample N tokens for the criterion reroute, into a file beside the statistics: 32768")
+]  # fmt: skip
+RerouteCandidates = Annotated[
+    int, typer.Option(metavar="C", min=2, help="best-ranked experts that are run on each sampled token")
+]
+Weights = Annotated[
+    str, typer.Option(metavar="W", help="of tokens under reroute: residual, relative, plain, each also with -balanced")
+]
+BlendOption = Annotated[
+    str | None,
+    typer.Option("--blend", metavar="B", help="how domains count: uniform, max-min (for the worst one), or weights like code=2,math=1"),
+]  # fmt: skip
+Protect = Annotated[str | None, typer.Option(metavar="WHAT", help="super: keep experts with extreme outputs")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done and what it would take, and do nothing")
 ]
@@ -244,6 +259,17 @@ def observe(
     dtype: DtypeOption = None,
     max_length: MaxLength = 2048,
     seed: Seed = 0,
+    reroute_tokens: RerouteTokens = 0,
+    reroute_candidates: RerouteCandidates = 16,
+    until_stable: Annotated[
+        float | None,
+        typer.Option(
+            metavar="J",
+            help="stop when the sets that halves of the text would keep agree so far, like 0.98; with --ratio or --keep",
+        ),
+    ] = None,
+    ratio: Ratio = None,
+    keep: Keep = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
@@ -253,18 +279,23 @@ def observe(
 ) -> None:
     """Measure on calibration text how much every expert contributes."""
     from reapkit.checkpoint import Checkpoint
-    from reapkit.observation import Observation
+    from reapkit.observation import Observation, Settled
     from reapkit.outputs import require_target
     from reapkit.ranks import Ranks
+    from reapkit.rerouting import Reroute
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     ranks = Ranks.from_environment()
     # Of several ranks one speaks; all say what went wrong.
     quiet = quiet or ranks.rank > 0
+    reroute = Reroute(reroute_tokens, reroute_candidates) if reroute_tokens else None
+    until = None if until_stable is None else Settled(until_stable, ratio, keep)
     with _progress(quiet) as progress:
         checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
-        observation = Observation(checkpoint, data, run=run, max_length=max_length, seed=seed, ranks=ranks)
+        observation = Observation(
+            checkpoint, data, run=run, max_length=max_length, seed=seed, ranks=ranks, reroute=reroute, until=until
+        )
     sources = [source.to_json() for source in observation.data.sources]
     _note_calibration(observation.layout.architecture, sources, quiet=quiet)
     if dry_run:
@@ -280,6 +311,13 @@ def observe(
                      "layers": len(statistics.layers), "digest": statistics.calibration[0].digest})  # fmt: skip
     elif not quiet:
         layers, domains = len(statistics.layers), _escape(", ".join(statistics.domains))
+        if until_stable is not None:
+            told = (
+                "settled after"
+                if statistics.num_tokens < observation.data.num_tokens
+                else "had not settled before the end of"
+            )
+            _note(f"the choice {told} {statistics.num_tokens:,} of {observation.data.num_tokens:,} tokens")
         _note(f"wrote {_escape(str(output))}: {layers} layers, {statistics.num_tokens:,} tokens, domains {domains}")
 
 
@@ -315,7 +353,7 @@ def plan(
         str,
         typer.Argument(
             metavar="STATS|SRC",
-            help="statistics, a file or hub://ORG/NAME; the criterion random also takes a checkpoint",
+            help="statistics, a file or hub://ORG/NAME; random and aimer take a checkpoint, --recover the pruned one",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="plan to write")],
@@ -328,6 +366,18 @@ def plan(
             "--divisible-by", metavar="N", help="round the number that stays up to a multiple: cards that share experts"
         ),
     ] = 1,
+    weights: Weights = "residual",
+    blend: BlendOption = None,
+    protect: Protect = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARENT", help="read which experts the pruned checkpoint SRC kept of PARENT, from its router"
+        ),
+    ] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="show how far the choice can be trusted, and store it beside the plan")
+    ] = False,
     seed: Seed = 0,
     revision: Revision = None,
     publish: Annotated[
@@ -341,26 +391,93 @@ def plan(
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
     from reapkit import publishing
+    from reapkit.evidence import beside as evidence_beside
     from reapkit.plans import choose, num_kept
 
-    choice = choose(
-        source, criterion=criterion, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed, revision=revision
-    )
+    if recover is not None:
+        _recover(recover, source, None if dry_run else output, revision, as_json=as_json, quiet=quiet)
+        return
+    with _progress(quiet) as progress:
+        if criterion == "aimer" and Path(source).suffix != ".safetensors":
+            from reapkit.compression import choose_by_weights
+
+            choice = choose_by_weights(
+                source, ratio=ratio, keep=keep, divisible_by=divisible_by, revision=revision, progress=progress
+            )
+        else:
+            choice = choose(
+                source, criterion=criterion, ratio=ratio, keep=keep, divisible_by=divisible_by, weights=weights,
+                blend=blend, protect=protect, seed=seed, revision=revision, progress=progress,
+            )  # fmt: skip
+        found = _gather(choice, source, ratio, progress) if evidence else None
     asked, kept = num_kept(choice.plan.num_experts, ratio=ratio, keep=keep), choice.plan.num_kept
     if kept > asked and divisible_by > 1 and not quiet:
         _note(f"keeping {kept} of {choice.plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
     if not dry_run:
         choice.plan.save(output)
+        if found is not None:
+            found.save(evidence_beside(output))
     upload = publishing.publish(choice, publish, private=private, dry_run=dry_run) if publish else None
     if as_json:
-        published = {} if upload is None else {"upload": asdict(upload)}
-        _print_json({**_described_choice(choice, None if dry_run else output), **published})
+        described = _described_choice(choice, None if dry_run else output)
+        described |= {} if found is None else {"evidence": found.to_json()}
+        _print_json(described | ({} if upload is None else {"upload": asdict(upload)}))
     elif not quiet:
         _print_choice(choice)
+        if found is not None:
+            _print_evidence(found)
         _note_unmeasured(choice.plan)
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
         if upload is not None:
             _note_upload(upload)
+
+
+def _gather(choice: Choice, source: str, ratio: str | None, progress: Progress) -> Evidence:
+    from reapkit.evidence import gather
+    from reapkit.plans import open_sample
+    from reapkit.samples import beside
+
+    if choice.statistics is None:
+        raise UsageError(
+            "--evidence needs statistics", hint="first: reapkit observe SRC --data … -o statistics.safetensors"
+        )
+    path = beside(Path(source))
+    sample = open_sample(path, choice.statistics) if path.exists() else None
+    return gather(choice, choice.statistics, sample=sample, ratio=ratio, progress=progress)
+
+
+def _print_evidence(found: Evidence) -> None:
+    table = _table("layer", "agreement of halves", "predicted error", "never routed")
+    for layer in found.layers:
+        error = "-" if layer.predicted_error is None else _percent(layer.predicted_error)
+        never = ", ".join(map(str, layer.never_routed)) or "-"
+        table.add_row(str(layer.layer), f"{layer.agreement:.3f}", error, never)
+    out.print(table)
+    growth = _table("tokens", "agreement with all")
+    for part in found.growth:
+        growth.add_row(f"{part.tokens:,}", f"{part.agreement:.3f}")
+    out.print(growth)
+    domains = list(dict.fromkeys(part.domain for part in found.coverage))
+    covered = _table("routed pairs kept, removing", *domains)
+    for ratio in dict.fromkeys(part.ratio for part in found.coverage):
+        shares = [part.routed for part in found.coverage if part.ratio == ratio]
+        covered.add_row(_percent(float(ratio)), *(_percent(share) for share in shares))
+    out.print(covered)
+
+
+def _recover(
+    parent: str, pruned: str, output: Path | None, revision: str | None, *, as_json: bool, quiet: bool
+) -> None:
+    from reapkit.recovery import recover
+
+    found = recover(parent, pruned, revision=revision)
+    if output is not None:
+        found.save(output)
+    if as_json:
+        _print_json({"plan": None if output is None else str(output), **found.to_json()})
+    elif not quiet:
+        written = "nothing written" if output is None else f"wrote {_escape(str(output))}"
+        _note(f"{written}: {found.num_kept} of {found.num_experts} experts stayed in each of {len(found.kept)} layers")
 
 
 @_verb
@@ -514,6 +631,11 @@ def compress(
     ratio: Ratio = None,
     keep: Keep = None,
     criterion: CriterionOption = "reap",
+    weights: Weights = "residual",
+    blend: BlendOption = None,
+    protect: Protect = None,
+    reroute_tokens: RerouteTokens = 32768,
+    reroute_candidates: RerouteCandidates = 16,
     activation_budget: Budget = None,
     activations: Activations = None,
     disk_budget: DiskBudget = None,
@@ -540,7 +662,7 @@ def compress(
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
-    target = Target(ratio=ratio, keep=keep, criterion=criterion)
+    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
@@ -871,14 +993,12 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
     from reapkit import gpus
     from reapkit.architectures import ARCHITECTURES, described
     from reapkit.clusters import METHODS
-    from reapkit.criteria import CRITERIA, RANDOM
+    from reapkit.criteria import CRITERIA, OTHERS
 
     criteria = [
         {"criterion": name, "score": (function.__doc__ or "").splitlines()[0]} for name, function in CRITERIA.items()
     ]
-    criteria.append(
-        {"criterion": RANDOM, "score": "Uniform at random, by seed; the only one that needs no statistics."}
-    )
+    criteria += [{"criterion": name, "score": sentence} for name, sentence in OTHERS.items()]
     architectures = [described(entry) for entry in ARCHITECTURES]
     methods = [
         {
@@ -966,6 +1086,8 @@ def _print_estimate(estimate: Estimate, *, as_json: bool, output_bytes: int | No
         return
     beside = " beside the process" if estimate.device == "cpu" else ""
     written = f"{_size(estimate.output_bytes)} of statistics"
+    if estimate.reroute_bytes:
+        written += f", {_size(estimate.reroute_bytes)} of sampled tokens"
     if output_bytes is not None:
         written += f", {_size(output_bytes)} of checkpoint"
     table = _table("what", "estimate")
@@ -994,6 +1116,8 @@ def _described_choice(choice: Choice, output: Path | None) -> dict[str, Any]:
         "criterion": choice.plan.criterion,
         "num_experts": choice.plan.num_experts,
         "num_kept": choice.plan.num_kept,
+        "options": dict(choice.plan.options),
+        "super_experts_dropped": {str(layer): list(experts) for layer, experts in choice.super_dropped.items()},
         "layers": [vars(loss) for loss in losses(choice)],
     }
 
@@ -1001,18 +1125,24 @@ def _described_choice(choice: Choice, output: Path | None) -> dict[str, Any]:
 def _print_choice(choice: Choice) -> None:
     from reapkit.plans import losses
 
-    table = _table("layer", "kept", "saliency lost", "routed pairs lost", "never routed")
+    rerouted = bool(choice.eliminations)
+    lost = ("predicted error", "out of candidates") if rerouted else ("saliency lost",)
+    table = _table("layer", "kept", *lost, "routed pairs lost", "never routed")
     for loss in losses(choice):
         routed = "-" if loss.routed_lost is None else _percent(loss.routed_lost)
         never = ", ".join(map(str, loss.never_routed)) or "-"
         table.add_row(
             str(loss.layer),
             f"{choice.plan.num_kept} of {choice.plan.num_experts}",
-            _percent(loss.saliency_lost),
+            *(_percent(share) for share in (loss.saliency_lost, loss.predicted_error, loss.short) if share is not None),
             routed,
             never,
         )
     out.print(table)
+    for layer, experts in choice.super_dropped.items():
+        _note(
+            f"[bold]note:[/] layer {layer} drops the super experts {', '.join(map(str, experts))}: --protect super keeps them"
+        )
 
 
 def _described(verification: Verification) -> dict[str, Any]:

@@ -10,13 +10,18 @@ from reapkit import hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
+from reapkit.criteria import AIMER, OF_SAMPLE
+from reapkit.elimination import check_weights
 from reapkit.errors import DataError
 from reapkit.landing import Transfer
-from reapkit.layout import Architecture
+from reapkit.layout import Architecture, MoELayout
+from reapkit.magnitudes import score_by_weights
 from reapkit.observation import Observation, Run
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
+from reapkit.rerouting import Reroute
+from reapkit.samples import beside
 from reapkit.shards import OWN_FOLDER, Manifest
 from reapkit.statistics import Statistics
 from reapkit.verification import Verification, verify
@@ -31,12 +36,25 @@ class Target:
     Attributes:
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
-        criterion: a name in `criteria.CRITERIA`, or `random`.
+        criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
+        weights: of tokens, under `reroute`.
+        blend, protect: as in `plans.choose`.
+        reroute_tokens, reroute_candidates: how much is gathered for `reroute` and `easy-ep`, and for them alone.
     """
 
     ratio: str | float | None = None
     keep: int | None = None
     criterion: str = "reap"
+    weights: str = "residual"
+    blend: str | None = None
+    protect: str | None = None
+    reroute_tokens: int = 32768
+    reroute_candidates: int = 16
+
+    @property
+    def reroute(self) -> Reroute | None:
+        """What observing must gather besides sums."""
+        return Reroute(self.reroute_tokens, self.reroute_candidates) if self.criterion in OF_SAMPLE else None
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,12 @@ def compress(
     else:
         with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
             discard(unfinished(path))
-    choice = plans.choose(statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, seed=seed)
+    choice = choose_by_weights(
+        observation.checkpoint, observation.layout, ratio=target.ratio, keep=target.keep, progress=progress
+    ) if target.criterion == AIMER else plans.choose(
+        statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights,
+        blend=target.blend, protect=target.protect, seed=seed, sample=beside(path), progress=progress,
+    )  # fmt: skip
     manifest = shards.write(
         observation.checkpoint,
         observation.layout,
@@ -187,6 +210,26 @@ def compress(
         choice,
         manifest,
         verify(out, source=observation.checkpoint, progress=progress),
+    )
+
+
+def choose_by_weights(
+    source: Checkpoint | str | Path,
+    layout: MoELayout | None = None,
+    *,
+    ratio: str | float | None = None,
+    keep: int | None = None,
+    divisible_by: int = 1,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Choice:
+    """Choose by the criterion `aimer`, which reads a checkpoint's weights and needs no text."""
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
+    layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
+    plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
+    scores = score_by_weights(checkpoint, layout, progress=progress)
+    return plans.choose_for_checkpoint(
+        checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, scores=scores
     )
 
 
@@ -209,6 +252,7 @@ def prepare(
     Returns:
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
+    check_weights(target.weights)
     checkpoint = Checkpoint.open(source, revision=revision)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
@@ -231,7 +275,10 @@ def prepare(
             allow_missing_scales=True,
             dry_run=True,
         )
-    return Observation(checkpoint, data, run=run or Run(), max_length=max_length, seed=seed), manifest
+    observation = Observation(
+        checkpoint, data, run=run or Run(), max_length=max_length, seed=seed, reroute=target.reroute
+    )
+    return observation, manifest
 
 
 def observed_before(path: Path, observation: Observation) -> Statistics | None:
@@ -240,6 +287,8 @@ def observed_before(path: Path, observation: Observation) -> Statistics | None:
         return None
     statistics = Statistics.load(path)
     if (what := observation.differing(statistics)) is None:
+        if observation.recorder is not None and not observation.gathered(beside(path)):
+            return None
         return statistics
     raise DataError(
         f"{path} was observed on another model, text or settings: other {what}",

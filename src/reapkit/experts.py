@@ -35,6 +35,8 @@ class RoutedPairs:
         token_P: int64, the token's place in the micro-batch laid end to end.
         gate_P: float32, the coefficient with which the model multiplies the expert's output.
         norm_P: float32, L2 norm of the expert's output before that.
+        expert_NK, gate_NK: the same choices and coefficients token by token, as the model handed them over.
+        compute: from places of tokens and experts, sorted by expert, [P], to the experts' outputs [P, D]: runs any expert on any token.
     """
 
     layer: int
@@ -42,6 +44,9 @@ class RoutedPairs:
     token_P: Tensor
     gate_P: Tensor
     norm_P: Tensor
+    expert_NK: Tensor
+    gate_NK: Tensor
+    compute: Callable[[Tensor, Tensor], Tensor]
 
 
 # What an observer of the experts receives.
@@ -118,8 +123,18 @@ def _routed(
     out_ND, norm_P = _combine(out_PD, gate_P, order_P, top_k=top_k, dtype=hidden_ND.dtype)
     if running.observe is not None:
         shown = slice(None) if num_observed is None else slice(int((expert_P < num_observed).sum()))
-        pairs = RoutedPairs(running.layer, expert_P[shown], token_P[shown], gate_P[shown].float(), norm_P[shown])
-        running.observe(pairs)
+        running.observe(
+            RoutedPairs(
+                running.layer,
+                expert_P[shown],
+                token_P[shown],
+                gate_P[shown].float(),
+                norm_P[shown],
+                expert_NK,
+                gate_NK,
+                lambda places_P, experts_P: compute(hidden_ND[places_P], experts_P),
+            )
+        )
     return out_ND
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from reapkit.checkpoint import CONFIG_NAME, Checkpoint, text_section
 from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.quantization import read_format
+from reapkit.selection import Selection
 from reapkit.tensors import TensorInfo, as_table, as_text, brief
 
 Role = Literal["expert", "router", "bias"]
@@ -76,6 +77,7 @@ class Architecture:
             to the number of experts must be claimed by a slot or by `unpruned`.
         slots: every family of tensors with an expert dimension, by the name's end after the block.
         scoring: how router logits become scores, for people: `sigmoid + bias`, `softmax`.
+        selection: the same as a rule that can be applied to some of the experts.
         mtp_blocks: prefixes of a MoE block inside multi-token prediction, where `{layer}` counts from 0. MTP layers that are numbered
             on from the last decoder layer need none.
         mtp_keys: names of the number of MTP layers with experts, which becomes 0 when they are dropped; empty where no release has any.
@@ -100,6 +102,7 @@ class Architecture:
     blocks: tuple[str, ...]
     slots: tuple[Slot, ...]
     scoring: str
+    selection: Selection
     mtp_blocks: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ()
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -384,12 +384,12 @@ class StreamedModel:
     def owner_of(self, name: str) -> nn.Module | None:
         """The module that a tensor on disk belongs to; None where transformers does not run it."""
         try:
-            owner: nn.Module = self.module.get_submodule(self._in_memory_name(name).rpartition(".")[0])
+            owner: nn.Module = self.module.get_submodule(self.in_memory_name(name).rpartition(".")[0])
         except AttributeError:  # something that transformers does not run, such as an MTP layer
             return None
         return owner
 
-    def _in_memory_name(self, name: str) -> str:
+    def in_memory_name(self, name: str) -> str:
         return _renamed(name, self.module, self._conversions, self._state_names)
 
     def _keep_routers_in_float32(self) -> None:
@@ -398,7 +398,7 @@ class StreamedModel:
             if self.checkpoint.tensors[name].dtype != "F32":
                 continue
             if not self.layout.is_mtp(name):
-                module, target = self.module, self._in_memory_name(name)
+                module, target = self.module, self.in_memory_name(name)
             elif self.mtp is not None:
                 module, target = self.mtp.module, self.mtp.in_memory_name(name)
             else:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +24,13 @@ import numpy as np
 import torch
 
 from reapkit import layout as layouts
+from reapkit import plans
 from reapkit.activations import PLACES, RESIDENT, Place
 from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, DataError, ResourceError, UnsupportedError, UsageError, did_you_mean
+from reapkit.evidence import agreement_of_halves
 from reapkit.experts import experts_of
 from reapkit.interrupts import deferred, safe_point
 from reapkit.layout import Identity
@@ -37,6 +39,8 @@ from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, lo
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.progress import Progress, silent
 from reapkit.ranks import Ranks
+from reapkit.rerouting import Reroute, RerouteRecorder
+from reapkit.samples import RoutedSamples, SampleHeader, SampleWriter, beside, require_space
 from reapkit.sources import NUM_CONNECTIONS, Disk, Remote
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics, differing
 from reapkit.sums import RoutedSums
@@ -72,6 +76,8 @@ WAVE_SECONDS = 120.0
 WAVE_READS = 2.0
 # No machine that runs such models is slower: below a wave's length at this rate, rates need not be measured.
 SLOWEST_FLOPS = 1e10
+# Waves at least where observing may stop when the choice has settled: it stops at the end of one, and each reads the weights once.
+SETTLING_WAVES = 8
 # Share of the free memory that activations may take when no budget is given. On a GPU it is of what two layers and a micro-batch leave,
 # short of what fragments; a host's memory is also for the page cache and for others.
 BUDGET_SHARE = {"cuda": 0.8, "cpu": 0.4}
@@ -133,6 +139,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """When enough text has been observed: the sets that its halves would keep agree this far.
+
+    Attributes:
+        agreement: Jaccard index, of the criterion `reap`.
+        ratio: share of the experts to remove, read as a decimal; or
+        keep: number of experts to keep per layer.
+    """
+
+    agreement: float
+    ratio: str | float | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What an observation would take, before it starts.
 
@@ -141,7 +162,7 @@ class Estimate:
         hours: wall time at the rates measured on this machine in a second or two; an estimate.
         device_bytes: peak memory on the device, on a CPU besides the process itself.
         held_bytes: suspended activations, which are kept at `place`: on the device, where they are part of its bytes, the host or disk.
-        read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file.
+        read_bytes: bytes read from disk over all waves; output_bytes: size of the statistics file; reroute_bytes: of the sample beside it.
         moved_bytes: of what is read, bytes that come through the network.
         compute_rate: tokens per second and layer; disk_rate: bytes per second, the file possibly cached.
         device, dtype: where and in what is computed.
@@ -158,6 +179,7 @@ class Estimate:
     read_bytes: int
     moved_bytes: int
     output_bytes: int
+    reroute_bytes: int
     compute_rate: float
     disk_rate: float
     device: str
@@ -175,9 +197,14 @@ class Observation:
         data: `--data` arguments.
         run: device, dtype and memory.
         max_length: tokens per document; longer samples are split into windows.
-        seed: of the choice of samples.
+        seed: of the choice of samples, and of sampled tokens.
         revision: of a hub id.
         ranks: which share of the micro-batches is observed here.
+        reroute: what to gather for re-routed errors; None gathers nothing.
+        until: when to stop before the end of the text; None observes all of it.
+
+    Raises:
+        UnsupportedError: among others, re-routed errors are not defined for this family.
     """
 
     def __init__(
@@ -190,6 +217,8 @@ class Observation:
         seed: int,
         revision: str | None = None,
         ranks: Ranks | None = None,
+        reroute: Reroute | None = None,
+        until: Settled | None = None,
     ) -> None:
         device, dtype = run.resolve()
         self.ranks = Ranks() if ranks is None else ranks
@@ -214,15 +243,32 @@ class Observation:
             "max_length": max_length,
             "tokenizer": _tokenizer_fingerprint(tokenizer),
         }
-        self.batches = self.ranks.share(batches(self.data, tokens_per_batch=tokens_per_batch(self.model)))
+        everything = batches(self.data, tokens_per_batch=tokens_per_batch(self.model))
+        self.batches = self.ranks.share(everything)
         if not self.batches:
             raise UsageError(
                 f"the text is too short for {self.ranks.count} processes: it has fewer micro-batches",
                 hint="start fewer, or observe more text",
             )
+        self.recorder = None if reroute is None else RerouteRecorder(self.model, everything, reroute, seed=seed)
         self.place, self.budget = self._choose_place(run)
         self._disk_budget = run.disk_budget
+        self.until = until
+        self._keep = 0 if until is None else self._require_settling(until)
         self.waves = self._split(self.batches)
+
+    def _require_settling(self, until: Settled) -> int:
+        """The number of experts that would stay, where observing may stop early at all."""
+        if not 0 < until.agreement <= 1:
+            raise UsageError(f"--until-stable {until.agreement} is not a share of experts", hint="for example 0.98")
+        if self.ranks.count > 1:
+            raise UsageError(
+                "--until-stable looks at the sums of all text, which no single process has", hint="leave it out"
+            )
+        if self.recorder is not None:
+            raise UsageError("--until-stable and --reroute-tokens do not go together: tokens are sampled from all of the text",
+                             hint="see first how much text it takes, then sample")  # fmt: skip
+        return plans.require_target(self.layout, criterion="reap", ratio=until.ratio, keep=until.keep)
 
     @cached_property
     def compute_rate(self) -> float:
@@ -254,6 +300,7 @@ class Observation:
             read_bytes=read,
             moved_bytes=self._moved_bytes(),
             output_bytes=8 * sums * len(self.layout.layers),
+            reroute_bytes=0 if self.recorder is None else self.sample_header().nbytes,
             compute_rate=self.compute_rate,
             disk_rate=self.disk_rate,
             device=str(device),
@@ -333,20 +380,22 @@ class Observation:
             for target in {own, path} if ranks.rank == 0 else {own}:
                 stack.enter_context(alone(target, lock_of(target)))
             stack.enter_context(ranks.joined())
-            statistics = self.run(progress=progress, keep=unfinished(own))
+            sample = None if self.recorder is None else beside(path)
+            statistics = self.run(progress=progress, keep=unfinished(own), sample=sample)
             if ranks.rank == 0:
                 statistics.save(path)
             ranks.wait()  # until they are saved, each rank keeps its own
             discard(unfinished(own))
         return statistics
 
-    def run(self, *, progress: Progress = silent, keep: Path | None = None) -> Statistics:
+    def run(self, *, progress: Progress = silent, keep: Path | None = None, sample: Path | None = None) -> Statistics:
         """Observe all waves; of several ranks, which must be joined, each gets the sums of all.
 
         Args:
             progress: told how far it is.
             keep: a file that holds the sums of the waves done so far, until all are; what an interrupted run left there is gone on
                 with, to the same bits.
+            sample: where sampled tokens go, needed where they are gathered.
 
         Raises:
             DataError: an activation is NaN or infinite; layer, expert and micro-batch are named. Or the file is another run's.
@@ -354,8 +403,17 @@ class Observation:
             OutputError: the file cannot be written.
         """
         self.require_memory()
-        with self._explained(), self._disk(keep) as disk:
-            return self._run(progress, keep, disk)
+        if self.recorder is None:
+            with self._explained(), self._disk(keep) as disk:
+                return self._run(progress, keep, disk, None)
+        assert sample is not None, "a sample of tokens needs a file"
+        with (
+            self._explained(),
+            self._disk(keep) as disk,
+            self._filling(sample, keep) as writer,
+            self.recorder.watching(),
+        ):
+            return self._run(progress, keep, disk, writer)
 
     @contextmanager
     def _disk(self, keep: Path | None) -> Iterator[Disk | None]:
@@ -396,7 +454,45 @@ class Observation:
         again = remote_bytes if len(self.waves) > 1 else 0
         return window + min(again, max(0, shutil.disk_usage(existing).free // 2 - window))
 
-    def _run(self, progress: Progress, keep: Path | None, disk: Disk | None) -> Statistics:
+    @contextmanager
+    def _filling(self, sample: Path, keep: Path | None) -> Iterator[SampleWriter]:
+        """The file that all ranks write sampled tokens to, whole when this ends without an error."""
+        assert self.recorder is not None
+        header, ranks = self.sample_header(), self.ranks
+        if ranks.rank == 0:
+            require_space(sample, header)
+            is_new = not unfinished(sample).exists() and not sample.exists()
+            if is_new and keep is not None and keep.exists():
+                raise DataError(
+                    f"{keep} holds the sums of an interrupted run, and the sample of tokens that belongs to them is missing",
+                    hint=f"remove {keep} to begin again",
+                )
+            SampleWriter(sample, header).close()
+        ranks.wait()
+        writer = SampleWriter(sample, header)
+        try:
+            self.recorder.begin(writer)
+            yield writer
+            writer.sync()
+            ranks.wait()
+            if ranks.rank == 0:
+                writer.finish()
+        finally:
+            writer.close()
+
+    def gathered(self, sample: Path) -> bool:
+        """Whether a finished sample of tokens is the one that `run` would gather."""
+        return sample.is_file() and RoutedSamples.open(sample).header == self.sample_header()
+
+    def sample_header(self) -> SampleHeader:
+        """What the sample of tokens is of."""
+        assert self.recorder is not None
+        return SampleHeader(
+            self.source, self.settings, self.data.digest, self.seed, self.data.domains, len(self.recorder.sample),
+            self.recorder.candidates, dict.fromkeys(self.recorder.layers, self.recorder.rule),
+        )  # fmt: skip
+
+    def _run(self, progress: Progress, keep: Path | None, disk: Disk | None, writer: SampleWriter | None) -> Statistics:
         num_rows = len(self.data.domains) * NUM_FOLDS
         observed = self.layout.layer_indices + (self.layout.mtp_indices if self.model.mtp is not None else ())
         layers = {index: LayerStatistics.zeros(num_rows, self.layout.num_experts) for index in observed}
@@ -412,14 +508,19 @@ class Observation:
         total, done = passes * tokens, passes * sum(int(batch.length_B.sum()) for batch in self.batches[:finished])
         progress("observe", done, total, "tokens x layers")
         for wave in waves:
-            observers = [
-                sums.observer(batch, self.ranks.number(place)) for place, batch in enumerate(wave, start=finished)
-            ]
+            numbers = [self.ranks.number(place) for place in range(finished, finished + len(wave))]
+            observers = [sums.observer(batch, number) for batch, number in zip(wave, numbers, strict=True)]
+            if self.recorder is not None and writer is not None:
+                observers = [
+                    self.recorder.observer(number, observe) for number, observe in zip(numbers, observers, strict=True)
+                ]
 
             def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
                 nonlocal done
                 if number == len(wave) - 1:
                     sums.require_finite(layer)
+                    if self.recorder is not None and writer is not None:
+                        self.recorder.flush(layer, writer)
                 done += int(wave[number].length_B.sum())
                 progress("observe", done, total, "tokens x layers")
 
@@ -431,11 +532,24 @@ class Observation:
             finished += len(wave)
             # A rank that is done keeps its share until all are.
             if keep is not None and (finished < len(self.batches) or self.ranks.count > 1):
+                if writer is not None:
+                    writer.sync()
                 batches = {"batches": len(self.batches), "finished_batches": finished}
                 self._described(sums.totals(), **batches).save(keep)
                 safe_point()
+            if self.until is not None and finished < len(self.batches):
+                agreement = agreement_of_halves(self._described(sums.totals()), keep=self._keep)
+                if agreement >= self.until.agreement:
+                    progress("observe", total, total, "tokens x layers")
+                    break
         layers = self.ranks.add(sums.totals())
-        lengths = np.array([len(document.input_ids) for document in self.data.documents])
+        is_whole = finished == len(self.batches)
+        seen_lengths = [batch.length_B for batch in self.batches[:finished]]
+        lengths = (
+            np.array([len(document.input_ids) for document in self.data.documents])
+            if is_whole
+            else np.concatenate(seen_lengths)
+        )
         for index, layer in layers.items():
             layer.require_finite(index)
             # An MTP layer takes the next token, which the last ones of a document do not have.
@@ -446,7 +560,14 @@ class Observation:
                     f"layer {index} sent {seen:,} of {expected:,} tokens through transformers' experts function, "
                     "so its experts cannot be observed"
                 )
-        return self._described(layers)
+        whole = self._described(layers)
+        return whole if is_whole else replace(whole, calibration=(self._first_part(finished),))
+
+    def _first_part(self, finished: int) -> CalibrationRecord:
+        """The record of text that was not observed to its end: other text than the whole, as far as sums go."""
+        tokens = sum(int(batch.length_B.sum()) for batch in self.batches[:finished])
+        digest = hashlib.sha256(f"{self.data.digest} first {finished} of {len(self.batches)}".encode()).hexdigest()
+        return CalibrationRecord(digest, tokens, self.seed, tuple(source.to_json() for source in self.data.sources))
 
     def _begun(self, keep: Path | None) -> Statistics | None:
         """What an interrupted run of the same observation left."""
@@ -494,6 +615,8 @@ class Observation:
         if layer_tokens * _flops_per_token(model) > SLOWEST_FLOPS * WAVE_SECONDS:
             longest = max(WAVE_SECONDS, WAVE_READS * model.nbytes_per_pass / self.disk_rate)
             shortest = math.ceil(layer_tokens / self.compute_rate / longest)
+        if self.until is not None:
+            shortest = max(shortest, min(len(parts), SETTLING_WAVES))
         return split_into_waves(
             parts,
             budget=self.budget,
@@ -535,6 +658,8 @@ def observe(
     max_length: int = 2048,
     seed: int = 0,
     revision: str | None = None,
+    reroute: Reroute | None = None,
+    sample: Path | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Measure on calibration text how much every expert contributes.
@@ -546,10 +671,13 @@ def observe(
         max_length: tokens per document; longer samples are split into windows.
         seed: of the choice of samples.
         revision: of a hub id.
+        reroute: what to gather for re-routed errors, and sample: into which file.
         progress: told how far it is.
     """
-    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
-    return observation.run(progress=progress)
+    observation = Observation(
+        source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision, reroute=reroute
+    )
+    return observation.run(progress=progress, sample=sample)
 
 
 def _parts(memory: Mapping[str, int]) -> str:

@@ -21,16 +21,20 @@ from reapkit import criteria, hub, outputs
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.criteria import Scores
-from reapkit.errors import CheckpointError, PlanError, UsageError
+from reapkit.criteria import Blend, Scores
+from reapkit.elimination import Elimination, check_weights, easy_ep, eliminate, token_weights
+from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
 from reapkit.layout import Identity, MoELayout
-from reapkit.statistics import Statistics
+from reapkit.progress import Progress, silent
+from reapkit.samples import RoutedSamples, beside
+from reapkit.statistics import Statistics, differing
 from reapkit.tensors import (
     MAX_JSON_BYTES,
     MAX_NUMBER,
     as_count,
     as_flag,
     as_list,
+    as_table,
     as_text,
     brief,
     parse_json,
@@ -58,6 +62,7 @@ class PruningPlan:
         drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
+        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected.
     """
 
     source: Identity
@@ -69,6 +74,7 @@ class PruningPlan:
     drop_mtp: bool = False
     calibration: tuple[str, ...] = ()
     seed: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = {len(experts) for experts in self.kept.values()}
@@ -208,6 +214,7 @@ class PruningPlan:
             "source": asdict(self.source),
             "criterion": self.criterion,
             "seed": self.seed,
+            "options": dict(self.options),
             "calibration": list(self.calibration),
             "num_experts": self.num_experts,
             "num_kept": self.num_kept,
@@ -256,7 +263,7 @@ class PruningPlan:
     @classmethod
     def from_json(cls, described: Mapping[str, Any], *, origin: str) -> PruningPlan:
         """The plan in a parsed JSON object."""
-        known = {"format", "source", "criterion", "seed", "calibration", "num_experts", "num_kept", "top_k", "unmeasured",
+        known = {"format", "source", "criterion", "seed", "options", "calibration", "num_experts", "num_kept", "top_k", "unmeasured",
                  "drop_mtp", "kept"}  # fmt: skip
         if described.get("format") != FORMAT:
             raise PlanError(f"{origin} is not a plan of reapkit", hint="make one with reapkit plan")
@@ -277,6 +284,7 @@ class PruningPlan:
                 drop_mtp=as_flag(described["drop_mtp"]),
                 calibration=tuple(map(as_text, as_list(described["calibration"]))),
                 seed=seed if seed is None else as_count(seed, least=-MAX_NUMBER),
+                options={as_text(key): as_text(value) for key, value in as_table(described.get("options", {})).items()},
             )
             stated = as_count(described["num_kept"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -400,11 +408,26 @@ class Choice:
         plan: the kept experts.
         scores: of every expert.
         statistics: what the scores rest on; None for the random criterion on a checkpoint.
+        eliminations: by layer, in which order experts went and what that cost, under the criterion `reroute`.
     """
 
     plan: PruningPlan
     scores: Scores
     statistics: Statistics | None
+    eliminations: Mapping[int, Elimination] = field(default_factory=dict)
+
+    @property
+    def super_dropped(self) -> dict[int, tuple[int, ...]]:
+        """By layer, experts with extreme outputs (`criteria.super_experts`) that the plan drops."""
+        if self.statistics is None:
+            return {}
+        found = criteria.super_experts(self.statistics.layers)
+        dropped = {
+            layer: tuple(expert for expert in experts if expert not in self.plan.kept[layer])
+            for layer, experts in found.items()
+            if layer in self.plan.kept
+        }
+        return {layer: experts for layer, experts in dropped.items() if experts}
 
 
 def choose(
@@ -414,27 +437,43 @@ def choose(
     ratio: str | float | None = None,
     keep: int | None = None,
     divisible_by: int = 1,
+    weights: str = "residual",
+    blend: str | None = None,
+    protect: str | None = None,
+    sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
+    progress: Progress = silent,
 ) -> Choice:
     """Choose the experts that stay.
 
     Args:
         source: statistics, their file or `hub://ORG/NAME` where they were published; the criterion `random` also takes a checkpoint.
-        criterion: a name in `criteria.CRITERIA`, or `random`.
+        criterion: a name in `criteria.CRITERIA` or `criteria.OTHERS`.
         ratio: share of the experts to remove, read as a decimal; or
         keep: number of experts to keep per layer.
         divisible_by: round what stays up to a multiple of this, the number of cards that will share whole experts.
+        weights: of tokens, under `reroute`: a name in `elimination.WEIGHTS`.
+        blend: how domains count: `uniform`, `max-min` or weights like `code=2,math=1`; None as they are long.
+        protect: `super` keeps experts with extreme outputs.
+        sample: the sample of tokens that `reroute` needs; by default beside the statistics' file.
         seed: of the criterion `random`.
         revision: of a hub id.
+        progress: told how far it is.
 
     Raises:
         UsageError: an unknown criterion, neither or both of ratio and keep.
         PlanError: fewer experts would stay than each token is routed to, or no multiple is small enough.
+        DataError: the sample of tokens is missing, damaged or another observation's.
     """
     criteria.check(criterion)
+    check_weights(weights)
     if isinstance(source, str) and source.startswith(hub.SCHEME):
         source = fetch(source, PUBLISHED_STATISTICS) or source
+    if criterion == criteria.AIMER:
+        raise UsageError(
+            "the criterion 'aimer' scores weights, and not statistics", hint="reapkit plan SRC --criterion aimer"
+        )
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(
@@ -446,21 +485,143 @@ def choose(
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
+    count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups, divisible_by=divisible_by)
+    _require_top_k(count, num_experts, statistics.top_k)
+    mixed = None if blend is None else Blend.parse(blend, statistics.domains)
+    protected = _protected(statistics, protect)
+    eliminations: Mapping[int, Elimination] = {}
     if criterion == criteria.RANDOM:
         scores = criteria.score_at_random(tuple(statistics.layers), num_experts, seed=seed)
-    else:
-        scores = criteria.score(statistics.layers, criterion)
-    count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups, divisible_by=divisible_by)
+    elif criterion in criteria.OF_SAMPLE:
+        if sample is None:
+            if isinstance(source, Statistics):
+                raise UsageError(f"the criterion {criterion!r} needs the sample of tokens beside the statistics' file")
+            sample = beside(Path(source))
+        found = open_sample(sample, statistics)
+    if criterion == criteria.EASY_EP:
+        scores = score_sampled(found, mixed)
+    elif criterion == criteria.REROUTE:
+        eliminations = _eliminate(found, weights, mixed, keep=count, protected=protected, progress=progress)
+        scores = Scores(criterion, {index: _ranks(went, num_experts) for index, went in eliminations.items()})
+    elif criterion != criteria.RANDOM:
+        scores = score_blended(statistics, criterion, mixed)
+    options = {"weights": weights} if criterion == criteria.REROUTE else {}
+    options |= {} if blend is None else {"blend": blend}
+    options |= {} if protect is None else {"protect": protect}
     chosen = PruningPlan(
         source=statistics.source,
         criterion=criterion,
         num_experts=num_experts,
         top_k=statistics.top_k,
-        kept=select(scores, keep=count, num_groups=num_groups),
+        kept=select(_raised(scores, protected), keep=count, num_groups=num_groups),
         calibration=tuple(record.digest for record in statistics.calibration),
         seed=seed if criterion == criteria.RANDOM else None,
+        options=options,
     )
-    return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics)
+    return Choice(chosen.with_mtp(statistics.unobserved), scores, statistics, eliminations)
+
+
+def score_blended(statistics: Statistics, criterion: str, blend: Blend | None) -> Scores:
+    """Scores of every layer under a criterion of sums, with domains blended."""
+    layers, domains = statistics.layers, range(len(statistics.domains))
+    if blend is None:
+        return criteria.score(layers, criterion)
+    if blend.share_D is not None:
+        share_D = blend.share_D
+        return criteria.score(
+            {index: criteria.blend_sums(layer, share_D) for index, layer in layers.items()}, criterion
+        )
+    parts = [
+        criteria.score({index: criteria.of_domain(layer, domain) for index, layer in layers.items()}, criterion)
+        for domain in domains
+    ]
+    ranks = {
+        index: criteria.rank_by_worst(
+            np.stack([part.score_E[index] for part in parts]), num_groups=statistics.num_groups
+        )
+        for index in layers
+    }
+    return Scores(criterion, ranks)
+
+
+def score_sampled(sample: RoutedSamples, blend: Blend | None, *, folds: tuple[int, ...] | None = None) -> Scores:
+    """Scores of every layer by the criterion `easy-ep`.
+
+    Raises:
+        UsageError: the blend `max-min`, which it has not.
+    """
+    if blend is not None and blend.share_D is None:
+        raise UsageError("--blend max-min is not there for the criterion 'easy-ep'", hint="--blend uniform")
+    share_D = None if blend is None else blend.share_D
+    return Scores(
+        criteria.EASY_EP, {index: easy_ep(sample.layer(index, folds=folds), share_D) for index in sample.layers}
+    )
+
+
+def _protected(statistics: Statistics, protect: str | None) -> dict[int, tuple[int, ...]]:
+    if protect is None:
+        return {}
+    if protect != "super":
+        raise UsageError(f"--protect {protect!r} is not known", hint="--protect super")
+    return criteria.super_experts(statistics.layers)
+
+
+def _raised(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:
+    """Scores under which protected experts stay before all others."""
+    raised = {index: score_E.copy() for index, score_E in scores.score_E.items()}
+    for index, experts in protected.items():
+        raised[index][list(experts)] = np.inf
+    return Scores(scores.criterion, raised)
+
+
+def open_sample(path: Path, statistics: Statistics) -> RoutedSamples:
+    """The sample of tokens that was gathered with these statistics.
+
+    Raises:
+        DataError: missing, damaged, or of another model, text or settings.
+    """
+    sample = RoutedSamples.open(path)
+    header = sample.header
+    what = differing(statistics.source, statistics.settings, header.source, header.settings)
+    if what is None and [record.digest for record in statistics.calibration] != [header.digest]:
+        what = "text"
+    if what is not None:
+        raise DataError(
+            f"the sample of tokens {path} was gathered on another model, text or settings: other {what}",
+            hint="observe both together, with --reroute-tokens",
+        )
+    return sample
+
+
+def _eliminate(
+    sample: RoutedSamples,
+    weights: str,
+    blend: Blend | None,
+    *,
+    keep: int,
+    protected: Mapping[int, Sequence[int]],
+    progress: Progress,
+) -> dict[int, Elimination]:
+    found = {}
+    for number, index in enumerate(sample.layers, start=1):
+        layer = sample.layer(index)
+        weight_T = token_weights(layer, weights, None if blend is None else blend.share_D)
+        found[index] = eliminate(
+            layer,
+            weight_T,
+            keep=keep,
+            worst_domain=blend is not None and blend.share_D is None,
+            protected=protected.get(index, ()),
+        )
+        progress("plan", number, len(sample.layers), "layers")
+    return found
+
+
+def _ranks(found: Elimination, num_experts: int) -> np.ndarray[Any, Any]:
+    """A score: the step at which an expert went, and more than any for those that stay."""
+    score_E = np.full(num_experts, float(len(found.order)))
+    score_E[list(found.order)] = np.arange(len(found.order))
+    return score_E
 
 
 def plan(
@@ -470,12 +631,26 @@ def plan(
     ratio: str | float | None = None,
     keep: int | None = None,
     divisible_by: int = 1,
+    weights: str = "residual",
+    blend: str | None = None,
+    protect: str | None = None,
+    sample: Path | None = None,
     seed: int = 0,
     revision: str | None = None,
 ) -> PruningPlan:
     """The plan of `choose`, which also gives the scores behind it."""
     return choose(
-        source, criterion=criterion, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed, revision=revision
+        source,
+        criterion=criterion,
+        ratio=ratio,
+        keep=keep,
+        divisible_by=divisible_by,
+        weights=weights,
+        blend=blend,
+        protect=protect,
+        sample=sample,
+        seed=seed,
+        revision=revision,
     ).plan
 
 
@@ -487,19 +662,22 @@ def choose_for_checkpoint(
     keep: int | None = None,
     divisible_by: int = 1,
     seed: int = 0,
+    scores: Scores | None = None,
 ) -> Choice:
-    """Choose by the criterion `random`, which needs a checkpoint alone."""
-    scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
+    """Choose by scores that need a checkpoint alone, by default those of the criterion `random`."""
+    is_random = scores is None
+    if scores is None:
+        scores = criteria.score_at_random(layout.layer_indices, layout.num_experts, seed=seed)
     count = num_kept(
         layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups, divisible_by=divisible_by
     )
     chosen = PruningPlan(
         source=Identity.of(checkpoint, layout),
-        criterion=criteria.RANDOM,
+        criterion=scores.criterion,
         num_experts=layout.num_experts,
         top_k=layout.top_k,
         kept=select(scores, keep=count, num_groups=layout.num_groups),
-        seed=seed,
+        seed=seed if is_random else None,
     )
     return Choice(chosen.with_mtp(layout.mtp_indices), scores, None)
 
@@ -510,15 +688,19 @@ class LayerLoss:
 
     Attributes:
         layer: its number.
-        saliency_lost: the dropped experts' share of the layer's total score, from 0 to 1.
+        saliency_lost: the dropped experts' share of the layer's total score, from 0 to 1; None under `reroute`, whose scores are ranks.
+        predicted_error: the re-routed error, as a share of the layer's own output; None under other criteria.
+        short: the share of sampled tokens whose candidates ran out; likewise.
         routed_lost: the share of routed token-expert pairs that went to dropped experts; None without statistics.
         never_routed: experts that no calibration token was routed to.
     """
 
     layer: int
-    saliency_lost: float
+    saliency_lost: float | None
     routed_lost: float | None
     never_routed: tuple[int, ...]
+    predicted_error: float | None = None
+    short: float | None = None
 
 
 def losses(choice: Choice) -> list[LayerLoss]:
@@ -535,7 +717,11 @@ def losses(choice: Choice) -> list[LayerLoss]:
             count_E = statistics.layers[layer].count_SE.sum(0)
             never = tuple(int(expert) for expert in np.flatnonzero(count_E == 0))
             routed = _share(count_E, dropped)
-        result.append(LayerLoss(layer, _share(score_E, dropped), routed, never))
+        if (found := choice.eliminations.get(layer)) is None:
+            result.append(LayerLoss(layer, _share(score_E, dropped), routed, never))
+        else:
+            error, short = (found.error[-1], found.short[-1]) if found.order else (0.0, 0.0)
+            result.append(LayerLoss(layer, None, routed, never, error, short))
     return result
 
 

@@ -1,0 +1,457 @@
+"""Gathering what re-routed errors need while a model is observed: which tokens, what routers rank best, what those experts make of them.
+
+The tokens are chosen before the run, by a hash of the seed, their document and their place, so that waves, processes and resumed runs
+agree. On each of them the layer's best-ranked experts are run, whether the model chose them or not; what is kept are scores and the
+products of outputs. The family's selection rule is held to the model's own choices and coefficients on every token that passes.
+
+Shape suffixes: N = tokens of a micro-batch laid end to end, M = sampled ones of them, T = all sampled tokens, K = experts per token,
+C = candidates, E = experts, G = groups, D = hidden size (domains in `choose_tokens`), U = pairs of candidates, P = pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from reapkit.calibration import CalibrationBatch
+from reapkit.errors import UnsupportedError, UsageError
+from reapkit.experts import RoutedObserver, RoutedPairs
+from reapkit.layout import MoELayout
+from reapkit.modules import StreamedModel
+from reapkit.samples import SampleWriter
+from reapkit.selection import Rule
+
+# Sampled tokens that run at once: 2,048 x 16 candidates are as many pairs as 4,096 tokens have in MiniMax-M2, and their outputs in
+# float32 take 0.4 GB. More would fill a GPU little better.
+TOKENS_AT_ONCE = 2048
+# A domain gets at least this part of an equal share of the sampled tokens, so that small ones are seen too.
+LEAST_SHARE = 0.25
+# Units in the last place by which scores and coefficients may differ from the model's: it may round in another order.
+ROUNDINGS = 4
+
+
+@dataclass(frozen=True)
+class Reroute:
+    """How much is gathered.
+
+    Attributes:
+        tokens: tokens that are sampled from the calibration, at most.
+        candidates: best-ranked experts that are run on each.
+    """
+
+    tokens: int
+    candidates: int = 16
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """Which tokens are sampled, in the order of the micro-batches and, within one, of places.
+
+    Attributes:
+        place_M: per micro-batch, places in it laid end to end; behind_M: tokens that follow in the document.
+        first: per micro-batch, the number of the first of its tokens.
+        domain_T, fold_T: of the tokens' documents.
+        share_T: tokens of the domain per sampled one.
+    """
+
+    place_M: tuple[NDArray[np.int64], ...]
+    behind_M: tuple[NDArray[np.int64], ...]
+    first: tuple[int, ...]
+    domain_T: NDArray[np.int64]
+    fold_T: NDArray[np.int64]
+    share_T: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.domain_T)
+
+
+def choose_tokens(batches: Sequence[CalibrationBatch], *, tokens: int, seed: int) -> TokenSample:
+    """Sample tokens, of every domain in proportion to its length, but at least a quarter of an equal share."""
+    hashes, domains, folds, places, behinds, counts = [], [], [], [], [], []
+    for batch in batches:
+        width = batch.input_ids_BT.shape[1]
+        number = 0
+        for row, length in enumerate(batch.length_B):
+            size = int(length)
+            ids = batch.input_ids_BT[row, :size].astype("<i4").tobytes()
+            key = hashlib.sha256(f"{seed} {batch.index_B[row]} {batch.domain_B[row]} ".encode() + ids).digest()
+            hashes.append(_mixed(np.arange(size, dtype=np.uint64) + np.uint64(int.from_bytes(key[:8], "little"))))
+            domains.append(np.full(size, batch.domain_B[row]))
+            folds.append(np.full(size, batch.fold_B[row]))
+            places.append(row * width + np.arange(size))
+            behinds.append(size - 1 - np.arange(size))
+            number += size
+        counts.append(number)
+    hash_A, domain_A, fold_A = np.concatenate(hashes), np.concatenate(domains), np.concatenate(folds)
+    place_A, behind_A = np.concatenate(places), np.concatenate(behinds)
+    length_D = np.bincount(domain_A)
+    quota_D = _quotas(length_D, tokens)
+    chosen_A = np.zeros(len(hash_A), dtype=bool)
+    for domain, quota in enumerate(quota_D):
+        mine = np.flatnonzero(domain_A == domain)
+        chosen_A[mine[np.argsort(hash_A[mine], kind="stable")[:quota]]] = True
+    stops = np.cumsum(counts)
+    cuts = [
+        np.flatnonzero(part) + stop - len(part)
+        for part, stop in zip(np.split(chosen_A, stops[:-1]), stops, strict=True)
+    ]
+    firsts = np.concatenate(([0], np.cumsum([len(cut) for cut in cuts])[:-1]))
+    chosen = np.flatnonzero(chosen_A)
+    share_D = np.divide(length_D, quota_D, out=np.zeros(len(length_D)), where=quota_D > 0)
+    return TokenSample(
+        tuple(place_A[cut] for cut in cuts),
+        tuple(behind_A[cut] for cut in cuts),
+        tuple(int(first) for first in firsts),
+        domain_A[chosen],
+        fold_A[chosen],
+        share_D[domain_A[chosen]],
+    )
+
+
+def _quotas(length_D: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    total, present = int(length_D.sum()), int((length_D > 0).sum())
+    if tokens >= total:
+        return length_D
+    least_D = np.minimum(length_D, int(LEAST_SHARE * tokens / present))
+    rest = tokens - int(least_D.sum())
+    spare_D = length_D - least_D
+    quota_D, left_D = np.divmod(spare_D * rest, max(int(spare_D.sum()), 1))
+    missing = rest - int(quota_D.sum())
+    quota_D[np.argsort(-left_D, kind="stable")[:missing]] += 1
+    return least_D + quota_D
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: neighbouring numbers come out unrelated."""
+    with np.errstate(over="ignore"):
+        mixed = values * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+# ---- the rule
+
+
+def resolve_rule(layout: MoELayout, config: Any) -> Rule:
+    """The family's rule with the numbers of a model's config, transformers' own, which has a value for every entry.
+
+    Raises:
+        UnsupportedError: re-routing is not defined by such a rule.
+    """
+    declared = layout.architecture.selection
+    if declared.obstacle is not None:
+        raise _refused(layout, declared.obstacle)
+    text = config.get_text_config()
+    normalise, scaling = declared.normalise, declared.scaling
+    rule = Rule(
+        layout.num_experts,
+        layout.top_k,
+        declared.scoring,
+        bool(getattr(text, normalise)) if isinstance(normalise, str) else normalise,
+        float(getattr(text, scaling)) if isinstance(scaling, str) else scaling,
+        declared.epsilon,
+        layout.num_groups,
+        layout.topk_groups if layout.num_groups > 1 else 1,
+        declared.group_best,
+    )
+    if rule.obstacle is not None:
+        raise _refused(layout, rule.obstacle)
+    return rule
+
+
+def _refused(layout: MoELayout, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"re-routed errors cannot be measured for {layout.architecture.name}: {reason}",
+        hint="leave out --reroute-tokens, and choose by another criterion",
+    )
+
+
+def scores_of(rule: Rule, logits_NE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What coefficients are made of, and what experts are chosen by, both float32 [N, E]; groups not yet looked at."""
+    logits_NE = logits_NE.float()
+    if rule.scoring == "sigmoid":
+        score_NE = logits_NE.sigmoid()
+        return score_NE, score_NE if bias_E is None else score_NE + bias_E.float().reshape(-1)
+    return (logits_NE - logits_NE.amax(-1, keepdim=True)).exp(), logits_NE
+
+
+def limit_to_groups(rule: Rule, choice_NE: Tensor) -> Tensor:
+    """Scores with those in groups that may not be chosen from at minus infinity."""
+    if rule.num_groups == 1:
+        return choice_NE
+    grouped = choice_NE.view(len(choice_NE), rule.num_groups, -1)
+    score_NG = grouped.topk(rule.group_best, dim=-1).values.sum(-1)
+    allowed = torch.zeros_like(score_NG, dtype=torch.bool).scatter(
+        1, score_NG.topk(rule.topk_groups, dim=-1).indices, True
+    )
+    return torch.where(allowed.unsqueeze(-1), grouped, -torch.inf).view_as(choice_NE)
+
+
+def coefficients(rule: Rule, score_NK: Tensor) -> Tensor:
+    """What the chosen experts' outputs are multiplied with, from their scores."""
+    if rule.normalise:
+        score_NK = score_NK / (score_NK.sum(-1, keepdim=True) + rule.epsilon)
+    return score_NK * rule.scaling
+
+
+def route(
+    rule: Rule, logits_NE: Tensor, bias_E: Tensor | None = None, *, kept: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The whole rule, restricted to kept experts: their numbers and coefficients, [N, K], by falling rank."""
+    score_NE, choice_NE = scores_of(rule, logits_NE, bias_E)
+    if kept is not None:
+        dropped = sorted(set(range(rule.num_experts)) - set(kept))
+        choice_NE = choice_NE.index_fill(
+            -1, torch.tensor(dropped, dtype=torch.long, device=choice_NE.device), -torch.inf
+        )
+    expert_NK = limit_to_groups(rule, choice_NE).topk(rule.top_k, dim=-1).indices
+    return expert_NK, coefficients(rule, score_NE.gather(1, expert_NK))
+
+
+# ---- the run
+
+
+class _Seen(threading.local):
+    """What the forward in this thread has passed on its way into the experts of a layer."""
+
+    logits: Tensor | None = None
+    stream: Tensor | None = None
+    # Sampled tokens that wait for the end of the layer: what is known of them, their stream before, their places.
+    begun: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
+
+
+_seen = _Seen()
+
+
+@dataclass(frozen=True)
+class _Router:
+    """Where a layer's router and what belongs to it are found, in the model: owner and name, since values come and go."""
+
+    bias: tuple[nn.Module, str] | None
+    expert_scale: tuple[nn.Module, str] | None
+
+
+class RerouteRecorder:
+    """Records sampled tokens layer by layer while a model is observed.
+
+    Args:
+        model: the model.
+        batches: all micro-batches of the calibration.
+        reroute: how much is gathered.
+        seed: of the choice of tokens.
+    """
+
+    def __init__(
+        self, model: StreamedModel, batches: Sequence[CalibrationBatch], reroute: Reroute, *, seed: int
+    ) -> None:
+        layout = model.layout
+        self.rule = resolve_rule(layout, model.module.config)
+        if reroute.candidates < min(self.rule.top_k + 1, self.rule.num_experts):
+            raise UsageError(
+                f"--reroute-candidates {reroute.candidates} are too few: each token is routed to {self.rule.top_k} experts already",
+                hint=f"--reroute-candidates {min(2 * self.rule.top_k, self.rule.num_experts)}",
+            )
+        self.candidates = min(reroute.candidates, self.rule.num_experts)
+        self.sample = choose_tokens(batches, tokens=reroute.tokens, seed=seed)
+        self.layers = layout.layer_indices + (layout.mtp_indices if model.mtp is not None else ())
+        self._model = model
+        self._batches = batches
+        self._routers: dict[int, _Router] = {}
+        self._done: dict[int, dict[int, dict[str, Tensor]]] = {index: {} for index in self.layers}
+        self._wrong = torch.zeros((), dtype=torch.int64, device=model.device)
+        rows, columns = torch.triu_indices(self.candidates, self.candidates)
+        self._upper = (rows.to(model.device), columns.to(model.device))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While this lasts, routers and the norms in front of them show what passes them."""
+        hooks = []
+        try:
+            for index in self.layers:
+                hooks += self._watch(index)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _watch(self, index: int) -> list[Any]:
+        layout, model = self._model.layout, self._model
+        selection = layout.architecture.selection
+        if index < layout.num_layers:
+            module, layer, in_memory = model.module, model.layers[index], model.in_memory_name
+        else:
+            assert model.mtp is not None
+            module, in_memory = model.mtp.module, model.mtp.in_memory_name
+            layer = module.layers[index - layout.num_layers]
+        found: dict[str, tuple[nn.Module, str]] = {}
+        for name, (at, stacked) in layout.stacked_of.items():
+            if at == index and stacked.role in ("router", "bias"):
+                path, _, leaf = in_memory(name).rpartition(".")
+                is_scale = selection.expert_scale is not None and name.endswith(selection.expert_scale)
+                what: str = "scale" if is_scale else stacked.role if leaf != "bias" else "router bias"
+                found[what] = (module.get_submodule(path), leaf)
+        norm = next((part for name, part in layer.named_modules() if name.rpartition(".")[2] == selection.stream), None)
+        if "router" not in found or norm is None:
+            what = "router" if "router" not in found else f"norm {selection.stream!r}"
+            raise _refused(layout, f"layer {index} has no {what} where it is declared")
+        self._routers[index] = _Router(found.get("bias"), found.get("scale"))
+        hooks = [
+            found["router"][0].register_forward_hook(_note_logits),
+            norm.register_forward_pre_hook(_note_stream),
+        ]
+        return hooks if index >= layout.num_layers else [*hooks, layer.register_forward_hook(_note_turn)]
+
+    def observer(self, number: int, observe: RoutedObserver) -> RoutedObserver:
+        """What one micro-batch's forward shows its routed pairs to, in front of another observer."""
+        device = self._model.device
+        is_real_N = torch.from_numpy(self._batches[number].mask_BT.reshape(-1)).to(device)
+        place_M, behind_M = self.sample.place_M[number], self.sample.behind_M[number]
+
+        def record(pairs: RoutedPairs) -> None:
+            observe(pairs)
+            if pairs.layer in self._routers:
+                ahead = max(0, pairs.layer - self._model.layout.num_layers + 1)
+                self._record(number, pairs, is_real_N, torch.from_numpy(place_M[behind_M >= ahead]).to(device))
+
+        return record
+
+    def _record(self, number: int, pairs: RoutedPairs, is_real_N: Tensor, place_M: Tensor) -> None:
+        logits, stream = _seen.logits, _seen.stream
+        _seen.logits = _seen.stream = None
+        num_tokens = len(is_real_N)
+        if logits is None or stream is None or logits.numel() != num_tokens * self.rule.num_experts:
+            raise _refused(self._model.layout, f"the router of layer {pairs.layer} does not show its logits")
+        logits_NE, stream_ND = logits.reshape(num_tokens, -1), stream.reshape(num_tokens, -1)
+        router = self._routers[pairs.layer]
+        bias_E = None if router.bias is None else getattr(*router.bias)
+        scale_E = None if router.expert_scale is None else getattr(*router.expert_scale)
+        self._wrong += self._count_wrong(pairs, logits_NE, bias_E, scale_E, is_real_N)
+        parts = [
+            self._measure(pairs, place, logits_NE[place], stream_ND[place], bias_E, scale_E)
+            for place in torch.split(place_M, TOKENS_AT_ONCE)
+            if len(place)
+        ]
+        if not parts:
+            return
+        done = self._done[pairs.layer][number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # What comes after the layer is seen when it ends; of an MTP layer it is not.
+        done["turn"] = torch.ones_like(done["stream_sq"])
+        _seen.begun = (done, stream_ND[place_M], place_M)
+
+    def _count_wrong(
+        self, pairs: RoutedPairs, logits_NE: Tensor, bias_E: Tensor | None, scale_E: Tensor | None, is_real_N: Tensor
+    ) -> Tensor:
+        """Tokens for which the rule does not give the model's choices and coefficients, rounding and ties aside."""
+        rule, expert_NK, gate_NK = self.rule, pairs.expert_NK, pairs.gate_NK
+        score_NE, choice_NE = scores_of(rule, logits_NE, bias_E)
+        limited_NE = limit_to_groups(rule, choice_NE)
+        best_NK = limited_NE.topk(rule.top_k, dim=-1).values
+        theirs_NK = limited_NE.gather(1, expert_NK).sort(dim=-1, descending=True).values
+        own_NK = coefficients(rule, score_NE.gather(1, expert_NK))
+        if scale_E is not None:
+            own_NK = own_NK * scale_E.float()[expert_NK]
+        rounding = ROUNDINGS * torch.finfo(logits_NE.dtype).eps
+        is_other_N = ((theirs_NK - best_NK).abs() > rounding * best_NK.abs().clamp(min=1)).any(-1)
+        rounding = ROUNDINGS * max(torch.finfo(gate_NK.dtype).eps, torch.finfo(logits_NE.dtype).eps)
+        gate_NK = gate_NK.float()
+        is_other_N |= ((own_NK - gate_NK).abs() > rounding * gate_NK.abs().amax(-1, keepdim=True)).any(-1)
+        return (is_other_N & is_real_N).sum()
+
+    def _measure(
+        self,
+        pairs: RoutedPairs,
+        place_M: Tensor,
+        logits_ME: Tensor,
+        stream_MD: Tensor,
+        bias_E: Tensor | None,
+        scale_E: Tensor | None,
+    ) -> dict[str, Tensor]:
+        score_ME, choice_ME = scores_of(self.rule, logits_ME, bias_E)
+        chosen_MK = pairs.expert_NK[place_M]
+        order_MK = choice_ME.gather(1, chosen_MK).argsort(dim=-1, descending=True, stable=True)
+        chosen_MK = chosen_MK.gather(1, order_MK)
+        others_ME = choice_ME.scatter(1, chosen_MK, -torch.inf)
+        next_MC = others_ME.topk(self.candidates - self.rule.top_k, dim=-1).indices
+        expert_MC = torch.cat((chosen_MK, next_MC), dim=-1)
+        if self.rule.num_groups > 1:
+            by_rank_MC = choice_ME.gather(1, expert_MC).argsort(dim=-1, descending=True, stable=True)
+            expert_MC = expert_MC.gather(1, by_rank_MC)
+        expert_P, order_P = torch.sort(expert_MC.reshape(-1), stable=True)
+        out_PD = pairs.compute(place_M[order_P // self.candidates], expert_P)
+        out = torch.empty_like(out_PD)
+        out[order_P] = out_PD
+        out_MCD = out.view(*expert_MC.shape, -1).float()
+        if scale_E is not None:
+            out_MCD = out_MCD * scale_E.float()[expert_MC].unsqueeze(-1)
+        gram_MCC = torch.bmm(out_MCD, out_MCD.transpose(1, 2))
+        measured = {
+            "expert": expert_MC.to(torch.int16),
+            "score": score_ME.gather(1, expert_MC),
+            "gram": gram_MCC[:, *self._upper],
+            "stream_sq": stream_MD.float().square().sum(-1),
+        }
+        return measured if self.rule.num_groups == 1 else {**measured, "choice": choice_ME}
+
+    def flush(self, layer: int, writer: SampleWriter) -> None:
+        """Write what micro-batches left in a layer; waits for the device.
+
+        Raises:
+            UnsupportedError: the family's rule is not the model's.
+        """
+        if layer not in self._done:
+            return
+        if wrong := int(self._wrong):
+            raise _refused(
+                self._model.layout,
+                "the declared selection rule does not give the experts and coefficients that the model's own router chose for "
+                f"{wrong:,} tokens of layer {layer}",
+            )
+        ahead = max(0, layer - self._model.layout.num_layers + 1)
+        done, self._done[layer] = self._done[layer], {}
+        for number, parts in done.items():
+            behind_M = self.sample.behind_M[number]
+            rows = np.flatnonzero(behind_M >= ahead)
+            for part, values in parts.items():
+                measured = values.cpu().numpy()
+                if len(rows) < len(behind_M):
+                    whole = np.zeros((len(behind_M), *measured.shape[1:]), dtype=measured.dtype)
+                    whole[rows] = measured
+                    measured = whole
+                writer.write(f"layers.{layer}.{part}", self.sample.first[number], measured)
+
+    def begin(self, writer: SampleWriter) -> None:
+        """Write what does not depend on the model."""
+        for name, values in (
+            ("domain", self.sample.domain_T),
+            ("fold", self.sample.fold_T),
+            ("share", self.sample.share_T),
+        ):
+            writer.write(name, 0, values)
+
+
+def _note_logits(router: nn.Module, args: Any, output: Any) -> None:
+    # transformers' routers return their logits first.
+    _seen.logits = output if isinstance(output, Tensor) else output[0]
+
+
+def _note_turn(layer: nn.Module, args: Any, output: Any) -> None:
+    if _seen.begun is None:
+        return
+    (done, before_MD, place_M), _seen.begun = _seen.begun, None
+    after_BTD = output if isinstance(output, Tensor) else output[0]
+    after_MD = after_BTD.reshape(-1, after_BTD.shape[-1])[place_M]
+    done["turn"] = 1 - nn.functional.cosine_similarity(before_MD.float(), after_MD.float(), dim=-1)
+
+
+def _note_stream(norm: nn.Module, args: Any) -> None:
+    _seen.stream = args[0]
