@@ -44,8 +44,8 @@ from reapkit.tensors import TensorInfo, brief
 
 # glibc's malloc.h: the most arenas that there may be.
 _M_ARENA_MAX = -8
-# Threads that read a layer for a GPU. One copies some 3 GB/s from the system's cache to pinned memory, and a fast disk wants several.
-_READERS = 8
+# Threads that read a layer for a GPU. More of them read no faster than two, and take turns with the thread that launches kernels
+_READERS = 2
 
 
 @dataclass(frozen=True)
