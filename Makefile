@@ -2,6 +2,8 @@
 # make test         from nothing: install, lint, type-check, run every test but those that serve
 # make serve-check  set up vLLM in an environment of its own and serve the bundled model, original and pruned; hold
 #                   reapkit serve to it
+# make eval-check   set up the benchmarks' libraries in an environment of its own, and run reapkit eval against scripted servers; with
+#                   REAPKIT_SHARED_DATA also the canonical solutions, 200 mutants and tau2's reference actions
 # make bench        peak memory of observing 4 and 16 layers, which must not grow with the depth; time and memory of inspect, plan and
 #                   prune --dry-run on checkpoints of 96,103 and 138,721 tensors
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
@@ -24,7 +26,7 @@ INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test lint serve-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench study clean
+.PHONY: demo test lint serve-check eval-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench study clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +48,14 @@ test: lint
 serve-check: $(INSTALLED)
 	PYTHON=$(PYTHON) tests/serve/setup.sh .venv-vllm
 	REAPKIT_REQUIRE_SERVE=1 $(BIN)/python -m pytest -m serve tests/serve
+
+eval-check:
+	PYTHON=$(PYTHON) tests/eval/setup.sh .venv-eval
+	HF_HUB_OFFLINE=1 .venv-eval/bin/python -m pytest --noconftest -m eval tests/eval/test_inspect.py
+	.venv-eval/bin/python tests/eval/replay.py out/replay
+	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/grade.py "$$REAPKIT_SHARED_DATA/benchmarks/MATH-500.jsonl.gz"
+	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/canonical.py "$$REAPKIT_SHARED_DATA/benchmarks"
+	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/mutants.py "$$REAPKIT_SHARED_DATA/benchmarks"
 
 quantize-check: $(INSTALLED)
 	test -x .venv-quantize/bin/python || $(PYTHON) -m venv .venv-quantize
@@ -98,4 +108,4 @@ study: $(INSTALLED)
 	$(BIN)/python benchmarks/study.py render --out out/study
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-quantize out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-eval .venv-quantize out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -244,8 +244,29 @@ def test_compare_answers_no_with_exit_code_3(model: Path, text: Path, statistics
     compared = json.loads(result.stdout)
     assert len(compared["failed"]) == 2 and compared["overall"]["kl"]["value"] > 0
     assert set(compared["domains"]) == {"a", "b"}
+    assert read_json(pruned / "reapkit/fidelity.json")["overall"] == compared["overall"]
+    assert run("verify", pruned).exit_code == 0
     same = answer("compare", model, model, "--data", text, "--fail-on", "kl=1e-9,top1=1")
     assert same["overall"]["kl"]["value"] == 0 and same["overall"]["top1"]["value"] == 1
+
+
+def test_compare_shows_both_replies_side_by_side_and_judges_them(model: Path, text: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "say"}) + "\n" + json.dumps({"text": "no prompt"}) + "\n")
+    common = ("compare", model, model, "--data", text, "--prompts", prompts, "--max-tokens", "5")
+    shown = run(*common, "--fail-on", "unfinished=0.5")
+    assert shown.exit_code == 3 and "rate of unfinished replies 1.0000 is more than 0.5" in shown.stderr
+    assert "prompt 1: say" in shown.stdout and "original" in shown.stdout and "1 rows are no prompts" in shown.stderr
+    assert "routing changed" in shown.stdout and "same final answer" in shown.stdout
+    described = answer(*common, "--fail-on", "loops=0,answers=1")
+    assert described["behaviour"]["same_answers"]["value"] == 1 and described["failed"] == []
+
+
+def test_eval_shows_what_could_not_be_run_and_fails(tmp_path: Path) -> None:
+    result = run("eval", "gone=http://127.0.0.1:9", "--only", "mbpp", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "2 of 2 cells are empty; the table says why" in result.stderr
+    assert "| MBPP+ | - [1] |" in result.stdout and "no server answers at http://127.0.0.1:9" in result.stdout
+    assert (tmp_path / "out/eval.json").exists()
 
 
 def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_path: Path) -> None:
@@ -287,6 +308,13 @@ def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_p
         (("prune", "{model}", "no.json", "-o", "x"), 1, "there is no plan no.json"),
         (("verify", "{model}"), 1, "not an output of reapkit"),
         (("compare", "{model}", "{model}", "--data", "{text}", "--fail-on", "kll=1"), 2, "did you mean 'kl'?"),
+        (("eval",), 2, "give models to ask, or replies to score"),
+        (("eval", "http://a", "--replies", "x"), 2, "give models to ask, or replies to score"),
+        (("eval", "http://127.0.0.1:9", "--suite", "crad"), 2, "did you mean 'card'?"),
+        (("eval", "http://127.0.0.1:9", "--only", "humanevl"), 2, "did you mean 'humaneval'?"),
+        (("eval", "--replies", "missing.jsonl"), 1, "missing.jsonl cannot be read"),
+        (("compare", "{model}", "{model}", "--data", "{text}", "--fail-on", "loops=0"), 2, "loops is measured on replies"),
+        (("compare", "{model}", "{model}", "--data", "{text}", "--endpoint", "http://x"), 2, "1 endpoints and no prompts"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_with_a_sentence_and_the_contracts_exit_code(
@@ -345,6 +373,9 @@ def test_inspect_and_list_print_tables_and_json(model: Path) -> None:
     assert answer("inspect", model)["num_experts"] == 8
     assert "MiniMax-M2" in run("inspect", model).stdout
     assert {"reap", "frequency", "random"} <= {row["criterion"] for row in answer("list", "criteria")}
+    assert [row["suite"] for row in answer("list", "suites")] == ["card", "multiple-choice"]
+    would = answer("eval", "original=http://a", "http://b", "--limit", "3", "--dry-run")
+    assert [row["name"] for row in would["models"]] == ["original", "http://b"] and would["settings"]["limit"] == 3
     assert "minimax_m2" in run("list", "architectures").stdout
 
 
@@ -352,7 +383,7 @@ def test_help_is_there_for_every_verb_and_starts_without_torch() -> None:
     code = "import sys; from reapkit.cli import main; sys.argv = ['reapkit', '--help']\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for verb in ("inspect", "observe", "combine", "plan", "prune", "verify", "compress", "compare", "list"):
+    for verb in ("inspect", "observe", "combine", "plan", "prune", "verify", "compress", "compare", "eval", "list"):
         assert verb in shown
         assert run(verb, "--help").exit_code == 0
 

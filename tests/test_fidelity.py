@@ -15,11 +15,18 @@ import pytest
 import torch
 
 import tiny
+from conftest import PlanFor
+from reapkit import compression
 from reapkit import fidelity as module
+from reapkit import layout as layouts
+from reapkit.architectures import ARCHITECTURES
 from reapkit.calibration import load
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, DataError, UsageError
-from reapkit.fidelity import DomainFidelity, Fidelity, Figure, compare, failed_thresholds, parse_thresholds, ratio
+from reapkit.experts import RoutedPairs
+from reapkit.fidelity import DomainFidelity, Fidelity, compare, failed_thresholds, parse_thresholds
+from reapkit.figures import Figure, ratio
+from reapkit.layout import MoELayout
 from reapkit.modules import load_tokenizer
 from reapkit.observation import Run
 from streaming import full_model, streamed_model, text_rows, with_tensors, write_jsonl
@@ -55,13 +62,15 @@ def test_a_checkpoint_is_equal_to_itself(original: Path, text: str) -> None:
     result = compare(original, original, [text], run=RUN, max_length=MAX_LENGTH)
     for part in (result.overall, *result.domains.values()):
         assert part.kl.value == 0 and part.top1.value == 1
-        assert part.perplexity_original == part.perplexity_pruned
+        assert part.perplexity_original == part.perplexity_pruned and part.top5.value == 1
+        assert part.output_error.value == part.routing_changed.value == part.routed_to_dropped.value == 0
+        assert part.error_growth is None and len(part.layers) == tiny.NUM_LAYERS
         assert part.kl.standard_error in (0, None)
     assert failed_thresholds(result, parse_thresholds("kl=0,top1=1")) == []
 
 
 def naive(original: Path, perturbed: Path, text: str) -> dict[str, np.ndarray[Any, Any]]:
-    """By domain and sample: predicted tokens and the sums of KL, agreement and both losses over its windows, in float64."""
+    """By domain and sample: predicted tokens and the sums of KL, both agreements and both losses over its windows, in float64."""
     models = [full_model(folder) for folder in (original, perturbed)]
     data = load([text], load_tokenizer(Checkpoint.open(original)), max_length=MAX_LENGTH)
     rows: dict[str, dict[int, np.ndarray[Any, Any]]] = {}
@@ -69,15 +78,17 @@ def naive(original: Path, perturbed: Path, text: str) -> dict[str, np.ndarray[An
         ids = torch.from_numpy(document.input_ids.astype(np.int64))
         with torch.no_grad():
             p, q = (torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1) for model in models)
-        sums = [len(ids) - 1.0, 0.0, 0.0, 0.0, 0.0]
+        sums = [len(ids) - 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
         for place in range(len(ids) - 1):
             target = ids[place + 1]
             sums[1] += float((p[place].exp() * (p[place] - q[place])).sum())
             sums[2] += float(p[place].argmax() == q[place].argmax())
-            sums[3] -= float(p[place, target])
-            sums[4] -= float(q[place, target])
+            likeliest = [set(logs.sort(descending=True).indices[:5].tolist()) for logs in (p[place], q[place])]
+            sums[3] += len(likeliest[0] & likeliest[1]) / 5
+            sums[4] -= float(p[place, target])
+            sums[5] -= float(q[place, target])
         samples = rows.setdefault(document.domain, {})
-        samples[document.index] = samples.get(document.index, np.zeros(5)) + sums
+        samples[document.index] = samples.get(document.index, np.zeros(6)) + sums
     result = {name: np.array([row for row in values.values() if row[0]]) for name, values in rows.items()}
     return result | {"overall": np.concatenate(list(result.values()))}
 
@@ -108,11 +119,11 @@ def test_a_comparison_equals_the_whole_models_in_float64(
         ours = result.overall if name == "overall" else result.domains[name]
         tokens_D, total = rows[:, 0], rows[:, 0].sum()
         assert (ours.tokens, ours.samples) == (total, len(rows))
-        figures = (ours.kl, ours.top1, ours.perplexity_original, ours.perplexity_pruned)
+        figures = (ours.kl, ours.top1, ours.top5, ours.perplexity_original, ours.perplexity_pruned)
         for number, figure in enumerate(figures, start=1):
             mean = rows[:, number].sum() / total
-            value = math.exp(mean) if number > 2 else mean
-            require_figure(figure, value, rows[:, number] - mean * tokens_D, total, value if number > 2 else 1)
+            value = math.exp(mean) if number > 3 else mean
+            require_figure(figure, value, rows[:, number] - mean * tokens_D, total, value if number > 3 else 1)
 
 
 def test_the_result_is_plain_json_with_a_spread_for_every_figure(original: Path, perturbed: Path, text: str) -> None:
@@ -129,6 +140,165 @@ def test_progress_counts_the_tokens_of_both_models(original: Path, perturbed: Pa
     assert calls[0][1] == 0 and calls[-1][1] == calls[-1][2]
 
 
+@pytest.fixture(scope="module")
+def pruned(original: Path, plan_for: PlanFor) -> tuple[Path, dict[int, tuple[int, ...]]]:
+    *_, plan = plan_for(original, 5)
+    compression.prune(original, plan, original.parent / "pruned")
+    return original.parent / "pruned", dict(plan.kept)
+
+
+def test_every_layer_equals_what_the_whole_models_compute(
+    original: Path, pruned: tuple[Path, dict[int, tuple[int, ...]]], text: str
+) -> None:
+    """Hidden states and chosen experts are taken from transformers' own models by hooks, the kept experts from the plan."""
+    folder, kept = pruned
+    seen: list[
+        list[tuple[torch.Tensor, torch.Tensor]]
+    ] = []  # by model and layer: what leaves it, and the experts chosen in it
+
+    def watch(model: Any, numbers: dict[int, tuple[int, ...]]) -> None:
+        seen.append([])
+        chosen: list[torch.Tensor] = []
+        for layer, block in enumerate(model.model.layers):
+
+            def keep_choice(_: Any, args: Any, kept: Any = numbers[layer]) -> None:
+                chosen.append(torch.tensor(kept)[args[1]])
+
+            def keep_state(_: Any, args: Any, output: Any, mine: Any = seen[-1]) -> None:
+                mine.append((output if torch.is_tensor(output) else output[0], chosen.pop()))
+
+            block.mlp.experts.register_forward_pre_hook(keep_choice)
+            block.register_forward_hook(keep_state)
+
+    models = [full_model(path) for path in (original, folder)]
+    watch(models[0], dict.fromkeys(range(tiny.NUM_LAYERS), tuple(range(tiny.NUM_EXPERTS))))
+    watch(models[1], kept)
+    totals = np.zeros((tiny.NUM_LAYERS, 3))
+    data = load([text], load_tokenizer(Checkpoint.open(original)), max_length=MAX_LENGTH)
+    count = 0
+    for document in data.documents:
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        for states in seen:
+            states.clear()
+        with torch.no_grad():
+            for model in models:
+                model(input_ids=ids[None], use_cache=False)
+        for layer in range(tiny.NUM_LAYERS):
+            (state, choice), (other_state, other_choice) = seen[0][layer], seen[1][layer]
+            for place in range(len(ids) - 1):
+                difference = (other_state[0, place] - state[0, place]).norm() / state[0, place].norm()
+                ours, theirs = set(choice[place].tolist()), set(other_choice[place].tolist())
+                totals[layer] += (
+                    float(difference),
+                    not ours <= set(kept[layer]),
+                    not (ours & set(kept[layer])) <= theirs,
+                )
+        count += len(ids) - 1
+
+    result = compare(original, folder, [text], run=RUN, max_length=MAX_LENGTH).overall
+    for layer, expected in zip(result.layers, totals / count, strict=True):
+        figures = (layer.output_error, layer.routed_to_dropped, layer.routing_changed)
+        assert [figure.value for figure in figures] == pytest.approx(list(expected), rel=1e-5), layer.layer
+    # The first layer's inputs are the original's, so there only pruning itself moves tokens.
+    assert result.layers[0].routing_changed.value == 0 < result.layers[0].routed_to_dropped.value
+    assert result.layers[-1].routing_changed.value > 0
+    means = (totals / count).mean(0)
+    assert (result.routed_to_dropped.value, result.routing_changed.value) == pytest.approx(tuple(means[1:]))
+    assert result.output_error == result.layers[-1].output_error
+
+
+def test_kept_experts_are_found_by_their_routers_rows(
+    original: Path, pruned: tuple[Path, dict[int, tuple[int, ...]]], tmp_path: Path
+) -> None:
+    def opened(folder: Path) -> tuple[Checkpoint, MoELayout]:
+        checkpoint = Checkpoint.open(folder)
+        return checkpoint, layouts.resolve(checkpoint, ARCHITECTURES)
+
+    folder, kept = pruned
+    assert module.kept_experts(opened(original), opened(folder)) == kept
+
+    def retrain(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.block_sparse_moe.gate.weight"][2] += 1
+
+    retrained = with_tensors(folder, tmp_path / "retrained", retrain)
+    assert module.kept_experts(opened(original), opened(retrained)) is None
+    same = with_tensors(original, tmp_path / "same", retrain)
+    assert module.kept_experts(opened(original), opened(same)) == dict.fromkeys(range(3), tuple(range(8)))
+
+
+def test_unknown_kept_experts_leave_routing_unmeasured_and_say_so(
+    original: Path, pruned: tuple[Path, dict[int, tuple[int, ...]]], text: str, tmp_path: Path
+) -> None:
+    def retrain(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.block_sparse_moe.gate.weight"] += 1
+
+    result = compare(original, with_tensors(pruned[0], tmp_path / "other", retrain), [text], run=RUN)
+    assert result.overall.routing_changed is None and result.overall.layers[0].routed_to_dropped is None
+    assert result.overall.output_error.value > 0
+    assert result.to_json()["notes"] == [
+        "which experts were kept cannot be told from the routers, whose rows are not the original's: routing is not compared"
+    ]
+
+
+def test_changed_routing_by_hand() -> None:
+    """Experts 0, 2 and 3 of four are kept. Three tokens choose (0, 1), (2, 3), (0, 2); the pruned model (0, 2), (2, 3), (2, 3)."""
+    routing = module._Routing((1, 3), {7: (0, 2, 3)}, 4, torch.device("cpu"))
+
+    def pairs(layer: int, choices: list[tuple[int, int]]) -> RoutedPairs:
+        expert, token = torch.tensor(choices).reshape(-1), torch.arange(3).repeat_interleave(2)
+        gates = torch.ones(6)
+        return RoutedPairs(layer, expert, token, gates, gates, torch.tensor(choices), gates.view(3, 2), lambda t, e: t)
+
+    routing.see_original(pairs(7, [(0, 1), (2, 3), (0, 2)]))
+    routing.see_pruned(pairs(7, [(0, 1), (1, 2), (1, 2)]))  # in its own numbering
+    dropped, changed = routing.take(7)
+    assert dropped.tolist() == [[1, 0, 0]]  # expert 1 of the first token
+    assert changed.tolist() == [[0, 0, 1]]  # expert 0 of the third; the first token kept what could be kept
+    routing.see_original(pairs(8, [(0, 1)] * 3))  # a layer whose kept experts are not known
+    assert all(not values.any() for values in routing.take(8))
+
+
+def test_the_relative_output_error_by_hand() -> None:
+    original, other = (
+        torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]]]),
+        torch.tensor([[[3.0, 5.0], [0.0, 0.0], [0.0, 0.0]]]),
+    )
+    assert module._output_error(original, other).tolist() == [[0.2, 0.0, 1.0]]
+
+
+def test_the_growth_of_the_error_by_hand() -> None:
+    # Errors 1, 2, 4 in layers 0, 1, 2: a factor of 2 a layer, and no spread between samples that agree.
+    assert module.error_growth(np.array([[1.0, 2.0, 4.0], [2.0, 4.0, 8.0]])) == Figure(
+        pytest.approx(2.0), pytest.approx(0.0, abs=1e-12)
+    )
+    # Sums 3 and 6 grow by 2; without either sample by 4 and by 5 / 4: sqrt(1 / 2 * 2 * 1.375^2).
+    assert module.error_growth(np.array([[2.0, 2.5], [1.0, 4.0]])) == Figure(
+        pytest.approx(6.5 / 3), pytest.approx(1.375)
+    )
+    assert module.error_growth(np.array([[0.0, 2.0], [0.0, 4.0]])) is None
+    assert module.error_growth(np.array([[1.0, 3.0]])) == Figure(pytest.approx(3.0), None)
+
+
+def test_models_of_other_depth_cannot_be_compared(original: Path, text: str, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            del tensors[name]
+
+    shallow = with_tensors(original, tmp_path / "shallow", cut, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"has 3 layers of hidden size .* has 2 layers of hidden size"):
+        compare(original, shallow, [text], run=RUN)
+
+
+def test_a_comparison_is_kept_in_the_folder_that_reapkit_wrote_and_nowhere_else(
+    original: Path, pruned: tuple[Path, dict[int, tuple[int, ...]]], text: str
+) -> None:
+    result = compare(original, pruned[0], [text], run=RUN)
+    assert module.keep(result, original) is None and not (original / "reapkit").exists()
+    path = module.keep(result, pruned[0])
+    assert path == pruned[0] / "reapkit/fidelity.json"
+    assert json.loads(path.read_text()) == {"format": "reapkit-fidelity-1", **result.to_json()}
+
+
 def test_the_ratio_estimator_by_hand() -> None:
     # r = (2 + 3 + 7) / (1 + 2 + 3) = 2; residuals 0, -1, 1; sqrt(3 / 2 * 2) / 6
     figure = ratio(np.array([2.0, 3.0, 7.0]), np.array([1.0, 2.0, 3.0]))
@@ -139,7 +309,7 @@ def test_the_ratio_estimator_by_hand() -> None:
 
 def fidelity(kl: float, top1: float) -> Fidelity:
     one = Figure(1.0, None)
-    overall = DomainFidelity(10, 1, Figure(kl, None), Figure(top1, None), one, one)
+    overall = DomainFidelity(10, 1, Figure(kl, None), Figure(top1, None), one, one, one, one, None, None, None, ())
     return Fidelity("a", "b", "", (), {}, overall, {})
 
 
@@ -150,6 +320,14 @@ def fidelity(kl: float, top1: float) -> Fidelity:
         ("kl=0.05,top1=0.9", []),
         ("kl=0.04", ["kl 0.0500 nats/token is more than 0.04"]),
         ("top1=0.95", ["top-1 agreement 0.9000 is less than 0.95"]),
+        (
+            "error=0.5,routing=0.1",
+            [
+                "relative output error of the last layer 1.0000 is more than 0.5",
+                "share of tokens with changed routing was not measured, and 0.1 was demanded",
+            ],
+        ),
+        ("loops=0.02", ["loop rate was not measured, and 0.02 was demanded"]),
         (" kl=0 , top1=1", ["kl 0.0500 nats/token is more than 0.0", "top-1 agreement 0.9000 is less than 1.0"]),
     ],
 )
@@ -174,6 +352,11 @@ def test_what_is_no_number_never_passes(thresholds: str) -> None:
 def test_thresholds_that_cannot_be_read_are_usage_errors(thresholds: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_thresholds(thresholds)
+
+
+def test_thresholds_on_replies_need_prompts() -> None:
+    with pytest.raises(UsageError, match="--fail-on loops is measured on replies"):
+        parse_thresholds("kl=0.1,loops=0.02", with_prompts=False)
 
 
 def test_another_vocabulary_cannot_be_compared(original: Path, text: str, tmp_path: Path) -> None:

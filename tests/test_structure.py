@@ -17,7 +17,7 @@ SOURCE = Path(reapkit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
     ("hub", "sources", "checkpoint", "quantization", "selection", "layout", "architectures", "geometry", "dialects"),
-    ("statistics", "criteria", "elimination", "samples", "plans", "recovery", "evidence", "clusters"),
+    ("figures", "statistics", "criteria", "elimination", "samples", "plans", "recovery", "evidence", "clusters"),
     (
         "calibration",
         "kernels",
@@ -36,10 +36,27 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "rerouting",
         "observation",
         "similarity",
+        "endpoints",
+        "behaviour",
+        "generation",
         "fidelity",
     ),
     ("serving", "cards", "edits", "landing", "shards", "verification"),
-    ("compression", "merging", "publishing", "servers", "probes", "reporting", "cli"),
+    (
+        "compression",
+        "merging",
+        "publishing",
+        "servers",
+        "probes",
+        "reporting",
+        "sandboxed",
+        "sandbox",
+        "programs",
+        "grading",
+        "benchmarks",
+        "evaluation",
+        "cli",
+    ),
 )
 LIGHT_FLOORS = 3  # floors 0 to 2 start at once: the standard library, NumPy and safetensors alone
 LIGHT_PACKAGES = {"numpy", "safetensors"}

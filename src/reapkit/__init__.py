@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reapkit.compression import Compression, Target, compress, prune
     from reapkit.errors import ReapkitError
+    from reapkit.evaluation import Evaluation, evaluate
     from reapkit.fidelity import Fidelity, compare
     from reapkit.inventory import Inventory, inspect
     from reapkit.merging import merge
@@ -30,6 +31,7 @@ __version__ = version("reapkit")
 _HOMES = {
     "Compression": "compression", "Target": "compression", "compress": "compression", "prune": "compression",
     "ReapkitError": "errors",
+    "Evaluation": "evaluation", "evaluate": "evaluation",
     "Fidelity": "fidelity", "compare": "fidelity",
     "Inventory": "inventory", "inspect": "inventory",
     "merge": "merging",
@@ -42,8 +44,10 @@ _HOMES = {
     "Verification": "verification", "verify": "verification",
 }  # fmt: skip
 __all__ = [
-    "Compression", "Deployment", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target", "Verification",
-    "choose", "combine", "compare", "compress", "inspect", "merge", "observe", "plan", "prune", "push", "report", "serve", "verify",
+    "Compression", "Deployment", "Evaluation", "Fidelity", "Inventory", "PruningPlan", "ReapkitError", "Run", "Statistics", "Target",
+    "Verification",
+    "choose", "combine", "compare", "compress", "evaluate", "inspect", "merge", "observe", "plan", "prune", "push", "report", "serve",
+    "verify",
 ]  # fmt: skip
 
 

@@ -25,15 +25,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from reapkit import __version__
-from reapkit.errors import ReapkitError, UsageError, did_you_mean, redacted
+from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted
 from reapkit.interrupts import heard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from reapkit.behaviour import Behaviour
     from reapkit.capacity import Capacity, Demand
     from reapkit.evidence import Evidence
-    from reapkit.fidelity import Figure
+    from reapkit.fidelity import Fidelity
+    from reapkit.figures import Figure
     from reapkit.inventory import Inventory
     from reapkit.layout import Architecture
     from reapkit.observation import Estimate, Observation, Run
@@ -698,8 +700,22 @@ def compare(
     original: Annotated[str, typer.Argument(metavar="A", help="the original: a folder or hub id")],
     pruned: Annotated[str, typer.Argument(metavar="B", help="the pruned model: a folder or hub id")],
     data: Annotated[list[str], typer.Option("--data", metavar="D", help="held-out text, as in observe; repeatable")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="prompts, to compare replies: JSON lines with messages or a prompt"),
+    ] = None,
+    endpoint: Annotated[
+        list[str],
+        typer.Option(metavar="URL", help="servers of A and of B, for replies of models that do not fit into memory"),
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="prompts to take")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="tokens of a reply")] = 1024,
     fail_on: Annotated[
-        str | None, typer.Option(metavar="M=X,…", help="exit with 3 if kl is above or top1 below: kl=0.1,top1=0.9")
+        str | None,
+        typer.Option(
+            metavar="M=X,…",
+            help="exit with 3 if kl or loops are above, top1 below their limit: kl=0.1,loops=0.02,top1=0.9",
+        ),
     ] = None,
     activation_budget: Budget = None,
     device: DeviceOption = None,
@@ -711,29 +727,211 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure how far a pruned model is from its parent on held-out text."""
-    from reapkit.fidelity import compare, failed_thresholds, parse_thresholds
+    """Measure how far a pruned model is from its parent on held-out text and, with prompts, in its replies."""
+    from dataclasses import replace
 
-    limits = parse_thresholds(fail_on) if fail_on else {}
+    from reapkit.behaviour import Prompt, Replier, ask, observe_behaviour, read_prompts
+    from reapkit.endpoints import connect
+    from reapkit.fidelity import compare, failed_thresholds, keep, parse_thresholds
+
+    limits = parse_thresholds(fail_on, with_prompts=prompts is not None) if fail_on else {}
+    if endpoint and (prompts is None or len(endpoint) != 2):
+        raise UsageError(
+            f"{len(endpoint)} endpoints and {'no prompts' if prompts is None else 'prompts'}: replies take two servers, A's and B's",
+            hint="--prompts FILE --endpoint URL --endpoint URL",
+        )
     run = _run(device, dtype, activation_budget, trust_remote_code)
+    repliers: list[Replier] = []
+    rows: list[Prompt] = []
+    notes: list[str] = []
+    skipped = 0
+    if prompts is not None:
+        rows, skipped = read_prompts(prompts, limit=limit)
+        if endpoint:
+            repliers = [ask(connect(url)) for url in endpoint]
+        else:
+            from reapkit.generation import LoadedModel
+
+            models = [LoadedModel(source, run) for source in (original, pruned)]
+            repliers = [model.reply_all for model in models]
+            if not all(model.knows_calls for model in models) and any(row.tools for row in rows):
+                notes.append(
+                    "tool calls in this model's format are read by servers alone: valid and exact calls are not measured"
+                )
     with _progress(quiet) as progress:
         fidelity = compare(original, pruned, data, run=run, max_length=max_length, seed=seed, progress=progress)
+        if rows:
+            behaviour = observe_behaviour(rows, *repliers, max_tokens=max_tokens, progress=progress)
+            if notes:
+                behaviour = replace(behaviour, valid_calls=None, exact_calls=None, notes=tuple(notes))
+            fidelity = replace(fidelity, behaviour=behaviour)
     _note_sources(fidelity.sources, quiet=quiet)
+    if skipped and not quiet:
+        _note(f"{prompts}: {skipped:,} rows are no prompts")
     failed = failed_thresholds(fidelity, limits)
     if as_json:
         _print_json({**fidelity.to_json(), "failed": failed})
     elif not quiet:
-        table = _table("domain", "tokens", "KL, nats/token", "top-1 agreement", "perplexity", "of the pruned")
-        for name, row in [*fidelity.domains.items(), ("overall", fidelity.overall)]:
-            perplexities = (_figure(row.perplexity_original, 2), _figure(row.perplexity_pruned, 2))
-            table.add_row(name, f"{row.tokens:,}", _figure(row.kl, 4), _figure(row.top1, 3), *perplexities)
-        out.print(table)
-        out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.samples:,} samples, seed {seed}; +- is one standard error",
-                  highlight=False)  # fmt: skip
+        _print_fidelity(fidelity, seed)
+    # After the figures are shown: a folder that cannot be written to must not cost them.
+    if (path := keep(fidelity, pruned)) is not None and not quiet:
+        _note(f"wrote {_escape(str(path))}")
     for sentence in failed:
         _note(f"[bold red]failed:[/] {_escape(sentence)}")
+    if limits and not failed and not quiet and not as_json:
+        out.print(f"passed: {fail_on}", highlight=False)
     if failed:
         raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+def _print_fidelity(fidelity: Fidelity, seed: int) -> None:
+    """Replies side by side where there are any, then the figures."""
+    if fidelity.behaviour is not None:
+        _print_replies(fidelity.behaviour)
+    rows = [*fidelity.domains.items(), ("overall", fidelity.overall)]
+    table = _table("domain", "tokens", "KL, nats/token", "top-1 agreement", "top-5", "perplexity", "of the pruned")
+    for name, row in rows:
+        perplexities = (_figure(row.perplexity_original, 2), _figure(row.perplexity_pruned, 2))
+        agreements = (_figure(row.top1, 3), _figure(row.top5, 3))
+        table.add_row(name, f"{row.tokens:,}", _figure(row.kl, 4), *agreements, *perplexities)
+    out.print(table)
+    drift = _table("layer", "output error", "routed to dropped", "routing changed")
+    for layer in fidelity.overall.layers:
+        routing = (_figure(layer.routed_to_dropped, 3), _figure(layer.routing_changed, 3))
+        drift.add_row(str(layer.layer), _figure(layer.output_error, 4), *routing)
+    out.print()
+    out.print(drift)
+    if fidelity.overall.error_growth is not None:
+        out.print(
+            f"the output error grows by a factor of {_figure(fidelity.overall.error_growth, 3)} per layer",
+            highlight=False,
+        )
+    out.print()
+    if fidelity.behaviour is not None:
+        _print_behaviour(fidelity.behaviour)
+    out.print(f"{fidelity.overall.tokens:,} tokens, {fidelity.overall.samples:,} samples, seed {seed}; +- is one standard error",
+              highlight=False)  # fmt: skip
+    for note in fidelity.to_json()["notes"]:
+        _note(f"[bold]note:[/] {_escape(note)}")
+
+
+def _print_replies(behaviour: Behaviour) -> None:
+    for number, (prompt, ours, theirs) in enumerate(behaviour.replies, start=1):
+        asked = str(prompt.messages[-1].get("content"))
+        out.print(f"[bold]prompt {number}:[/] {_escape(asked)}", highlight=False)
+        table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False, expand=True)
+        for name in ("original", "pruned"):
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(_escape(ours.text.strip()), _escape(theirs.text.strip()))
+        out.print(table)
+        out.print()
+
+
+def _print_behaviour(behaviour: Behaviour) -> None:
+    table = _table("replies", "original", "pruned")
+    pairs = {
+        "loops": behaviour.loops,
+        f"unfinished after {behaviour.max_tokens:,} tokens": behaviour.unfinished,
+        "valid tool calls": behaviour.valid_calls,
+        "exact tool calls": behaviour.exact_calls,
+        "right final answers": behaviour.right_answers,
+    }
+    for name, pair in pairs.items():
+        if pair is not None:
+            table.add_row(name, _figure(pair.original, 3), _figure(pair.pruned, 3))
+    table.add_row("length, to the original's", "1", _figure(behaviour.length_ratio, 3))
+    table.add_row("same final answer", "1", _figure(behaviour.same_answers, 3))
+    out.print(table)
+
+
+@_verb
+def eval_(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]MODEL|URL…", help="checkpoints or OpenAI-compatible servers, the original first"
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="folder for eval.json, table.md and the logs")
+    ] = Path("evaluation"),
+    suite: Annotated[
+        str, typer.Option(metavar="S", help="card, multiple-choice, or an inspect task: inspect_evals/NAME or file.py")
+    ] = "card",
+    only: Annotated[list[str], typer.Option(metavar="NAME", help="of the card's benchmarks, these; repeatable")] = [],  # noqa: B006
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="problems of each benchmark, the first so many")
+    ] = None,
+    replies: Annotated[Path | None, typer.Option(metavar="FILE", help="score these replies; no model is asked")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where problems' files lie; from the hub by default")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="MODEL|URL", help="who plays tau2-bench's user, the same for all models")
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="of the sampling")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="of the sampling")] = 0.95,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="of the sampling; the server's by default")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="of a reply; each benchmark's own by default")
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="of every problem; 8 of AIME25's and 1 of the others' by default"),
+    ] = None,
+    message_limit: Annotated[int, typer.Option(metavar="N", min=1, help="turns of a tau2-bench conversation")] = 100,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(metavar="S", help="for programs that a model wrote: docker, bubblewrap, or none at your own risk"),
+    ] = None,
+    vllm: Annotated[str, typer.Option(metavar="PROGRAM", help="what serves checkpoints")] = "vllm",
+    serve_arguments: Annotated[str, typer.Option(metavar="ARGS", help="what it is given besides, as one word")] = "",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run benchmarks on served models, and write the model card's table."""
+    import shlex
+
+    from reapkit.evaluation import Sampling, Settings, describe, evaluate, score_replies, write
+
+    sampling = Sampling(temperature, top_p, top_k, seed, max_tokens, repeats)
+    settings = Settings(
+        suite,
+        tuple(only),
+        limit,
+        data_dir,
+        sampling,
+        user,
+        sandbox,
+        vllm,
+        tuple(shlex.split(serve_arguments)),
+        message_limit,
+    )
+    if bool(models) == (replies is not None):
+        raise UsageError(
+            "give models to ask, or replies to score", hint="reapkit eval URL URL, or reapkit eval --replies FILE"
+        )
+    if dry_run:
+        _print_json(describe(settings, models or []))
+        return
+    with _progress(quiet) as progress:
+        if replies is not None:
+            evaluation = score_replies(replies, settings, progress=progress)
+            write(evaluation, output)
+        else:
+            evaluation = evaluate(models or [], settings, out=output, progress=progress)
+    if as_json:
+        _print_json(evaluation.to_json())
+    elif not quiet:
+        out.print(evaluation.table(), highlight=False, markup=False)
+        _note(f"wrote {_escape(str(output / 'eval.json'))} and {_escape(str(output / 'table.md'))}")
+    if not evaluation.complete:
+        empty = sum(cell.figure is None for cells in evaluation.rows.values() for cell in cells)
+        raise EvaluationError(f"{empty} of {sum(map(len, evaluation.rows.values()))} cells are empty; the table says why",
+                              hint="the same command tries these again and keeps the others")  # fmt: skip
 
 
 @_verb
@@ -964,7 +1162,7 @@ def push(
 
 @_verb
 def list_(
-    what: Annotated[str, typer.Argument(metavar="architectures|criteria|methods|gpus", help="what to list")],
+    what: Annotated[str, typer.Argument(metavar="architectures|criteria|methods|gpus|suites", help="what to list")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -992,6 +1190,7 @@ def list_(
 def _listings() -> dict[str, list[dict[str, Any]]]:
     from reapkit import gpus
     from reapkit.architectures import ARCHITECTURES, described
+    from reapkit.benchmarks import SUITES
     from reapkit.clusters import METHODS
     from reapkit.criteria import CRITERIA, OTHERS
 
@@ -1009,8 +1208,9 @@ def _listings() -> dict[str, list[dict[str, Any]]]:
         }
         for name, method in METHODS.items()
     ]
+    suites = [{"suite": name, "runs": about} for name, about in SUITES.items()]
     cards = [gpus.described(gpu) for gpu in gpus.GPUS]
-    return {"architectures": architectures, "criteria": criteria, "methods": methods, "gpus": cards}
+    return {"architectures": architectures, "criteria": criteria, "methods": methods, "gpus": cards, "suites": suites}
 
 
 def _version(value: bool) -> None:
@@ -1241,7 +1441,9 @@ def _table(*columns: str, numbers: bool = True) -> Table:
     return table
 
 
-def _figure(figure: Figure, digits: int) -> str:
+def _figure(figure: Figure | None, digits: int) -> str:
+    if figure is None:
+        return "-"
     value = f"{figure.value:.{digits}f}"
     return value if figure.standard_error is None else f"{value} +- {figure.standard_error:.{digits}f}"
 

@@ -69,6 +69,18 @@ class HubError(ReapkitError):
     """The hub, or what stands in front of it, does not give what was asked for."""
 
 
+class EndpointError(ReapkitError):
+    """A server that does not answer, or not as it should."""
+
+
+class EvaluationError(ReapkitError):
+    """A benchmark that cannot be run or scored here."""
+
+
+class SandboxError(ReapkitError):
+    """Programs that a model wrote cannot be confined here."""
+
+
 class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 

@@ -17,9 +17,9 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -747,6 +747,7 @@ class _Forward(threading.Thread):
 
     Attributes:
         result: what the model returned.
+        output: of the layer that was run last.
     """
 
     # Hidden states that it was seen to hold at its pauses; those that are gone are dropped.
@@ -765,6 +766,7 @@ class _Forward(threading.Thread):
         self._kernels = kernels
         self._seen = []
         self.result: Any = None
+        self.output: Tensor | None = None
         self._run_forward = run
         self._device = device
         self._resumed = threading.Semaphore(0)
@@ -805,6 +807,7 @@ class _Forward(threading.Thread):
         """Called from outside: run up to the next pause or to the end."""
         if self.ident is None:
             self.start()
+        self.output = None
         self._resumed.release()
         self._paused.acquire()
         if self._error is not None:
@@ -842,6 +845,8 @@ class SuspendedForwards:
         observe: per micro-batch, what is shown its routed pairs.
         place: where suspended micro-batches keep their hidden states.
         keep_outputs: whether anything is asked for after the last layer; else a micro-batch is freed when it has left it.
+        with_mtp: also run the MTP layers, where transformers can and somebody observes.
+        with_outputs: keep what leaves a layer until the next step, for `output`; not where activations are spilled.
     """
 
     def __init__(
@@ -853,6 +858,8 @@ class SuspendedForwards:
         observe: Sequence[RoutedObserver] | None = None,
         place: Place = "device",
         keep_outputs: bool = True,
+        with_mtp: bool = True,
+        with_outputs: bool = False,
     ) -> None:
         self._model = model
         self._spill = None if place == "device" else Spill(model.device, place)
@@ -866,13 +873,16 @@ class SuspendedForwards:
         ]
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
         self._hooks: list[Any] = []
-        self._runs_mtp = observe is not None and model.mtp is not None
+        self._with_outputs = with_outputs
+        self._runs_mtp = with_mtp and observe is not None and model.mtp is not None
         self._keep_outputs = keep_outputs or self._runs_mtp
 
     def __enter__(self) -> SuspendedForwards:
         _share_freed_memory()
         for index, layer in enumerate(self._model.layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index), with_kwargs=True))
+            if self._with_outputs:
+                self._hooks.append(layer.register_forward_hook(_keep_output))
         last = len(self._model.layers)
         self._hooks.append(self._model.layers[-1].register_forward_hook(partial(_pause_after, last)))
         if self._runs_mtp:
@@ -891,14 +901,26 @@ class SuspendedForwards:
         self._model.unload_everything()
 
     def run_layers(self, after_batch: Callable[[int, int], None], *, disk: Disk | None = None) -> None:
-        """Run all micro-batches through all layers; `after_batch(layer, batch)` is called when a batch has left a layer.
+        """Run all micro-batches through all layers; `after_batch(layer, batch)` is called when a batch has left a layer."""
+        with closing(self.steps(disk=disk)) as steps:
+            for layer, number in steps:
+                after_batch(layer, number)
+
+    def output(self, number: int) -> Tensor:
+        """What the layer that a micro-batch has just left made of it, [B, T, ...]; good until the next step."""
+        output = self._forwards[number].output
+        assert output is not None
+        return output
+
+    def steps(self, *, disk: Disk | None = None) -> Generator[tuple[int, int], None, None]:
+        """Run all micro-batches through all layers, and yield (layer, batch) when a batch has left a layer; to be closed.
 
         While one layer runs, the next one is read and dequantised; through a network further ones come to the disk.
         """
         with self._model.reading(with_mtp=self._runs_mtp, disk=disk):
-            self._run_layers(after_batch)
+            yield from self._steps()
 
-    def _run_layers(self, after_batch: Callable[[int, int], None]) -> None:
+    def _steps(self) -> Iterator[tuple[int, int]]:
         model = self._model
         fetched: Future[dict[str, Tensor]] = self._loader.submit(model.fetch, 0)
         model.load_entry()
@@ -913,19 +935,19 @@ class SuspendedForwards:
                 self._step(number)
                 if index + 1 == len(model.layers) and not self._keep_outputs:
                     self._forwards[number].cancel()
-                after_batch(index, number)
+                yield index, number
             model.unload(index)
         if self._runs_mtp:
-            self._run_mtp_layers(after_batch)
+            yield from self._mtp_steps()
 
-    def _run_mtp_layers(self, after_batch: Callable[[int, int], None]) -> None:
+    def _mtp_steps(self) -> Iterator[tuple[int, int]]:
         """The MTP layers, all of them loaded at once: releases have one to three."""
         model = self._model
         model.load_mtp(model.fetch_mtp())
         for index in model.layout.mtp_indices:
             for number in range(len(self._forwards)):
                 self._step(number)
-                after_batch(index, number)
+                yield index, number
 
     def _step(self, number: int) -> None:
         """Run one micro-batch up to its next pause; where activations are spilled, the next one's come in beside it."""
@@ -958,6 +980,13 @@ def _pause_before(layer: int, module: nn.Module, args: Any, kwargs: Any) -> None
     forward = threading.current_thread()
     assert isinstance(forward, _Forward)
     forward.pause(layer, args[0] if args else kwargs.get("hidden_states"))
+
+
+def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
+    forward = threading.current_thread()
+    assert isinstance(forward, _Forward)
+    # Families return the hidden state, or it and what attention or the router had to say.
+    forward.output = output[0] if isinstance(output, tuple) else output
 
 
 def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
