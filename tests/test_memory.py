@@ -137,17 +137,13 @@ def test_memory_for_less_than_one_micro_batch_has_no_budget_that_fits(
         ),
         (MemoryError(), "the memory of cpu ran out: observing was to take "),
         (torch.OutOfMemoryError("CUDA out of memory"), "the memory of cpu ran out"),
-        (
-            RuntimeError("can't start new thread"),
-            "the system gives no more threads, and observing was to take 5 at once",
-        ),
     ],
-    ids=["main memory", "Python", "a device", "threads"],
+    ids=["main memory", "Python", "a device"],
 )
 def test_what_runs_out_during_the_run_is_named_with_a_smaller_budget(
     data: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
 ) -> None:
-    def run_out(self: SuspendedForwards, after: object) -> None:
+    def run_out(self: SuspendedForwards, after: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(SuspendedForwards, "run_layers", run_out)
@@ -159,7 +155,7 @@ def test_what_runs_out_during_the_run_is_named_with_a_smaller_budget(
 
 
 def test_another_error_of_torch_is_left_as_it_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: SuspendedForwards, after: object) -> None:
+    def fail(self: SuspendedForwards, after: object, **options: object) -> None:
         raise RuntimeError("expected scalar type Float but found Half")
 
     monkeypatch.setattr(SuspendedForwards, "run_layers", fail)

@@ -54,8 +54,9 @@ RoutedObserver = Callable[[RoutedPairs], None]
 
 
 class _Running(threading.local):
-    """The forward that runs in this thread: the layer that it is in, who observes it, and the fused kernels that it may use."""
+    """The suspended forward that runs in this thread: the layer that it is in, who observes it, and the fused kernels that it may use."""
 
+    forward: Any = None
     layer: int = -1
     observe: RoutedObserver | None = None
     kernels: ModuleType | None = None

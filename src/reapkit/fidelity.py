@@ -36,10 +36,10 @@ from reapkit.figures import Figure, ratio
 from reapkit.layout import MoELayout
 from reapkit.modules import StreamedModel, SuspendedForwards, load_tokenizer
 from reapkit.observation import (
+    MAX_SUSPENDED,
     Run,
     bytes_per_token,
     default_budget,
-    max_suspended,
     require_embeddings,
     split_into_waves,
 )
@@ -356,7 +356,7 @@ def _measure(
         # Either model is asked what it would take alone, and they run at the same time.
         budget=budget or min(map(default_budget, models)) // 2,
         bytes_per_token=sum(map(bytes_per_token, models)),
-        max_batches=max(1, max_suspended(first.device) // 2),
+        max_batches=MAX_SUSPENDED // 2,
     )
     num_layers = len(first.layers)
     total = text.num_tokens * num_layers

@@ -1,8 +1,8 @@
 """The only file that touches transformers' internals: the model's own forward, run with at most two layers in memory.
 
 `StreamedModel` builds a model on the meta device and moves one layer's weights at a time from disk into it and out again.
-`SuspendedForwards` runs the model's own, unmodified forward over many micro-batches at once: each runs in a thread of its own and is
-suspended in front of every layer until that layer is loaded. Nothing of the forward is imitated, so whatever a model carries from
+`SuspendedForwards` runs the model's own, unmodified forward over many micro-batches at once: each has a stack of its own, a greenlet, and
+is suspended in front of every layer until that layer is loaded. Nothing of the forward is imitated, so whatever a model carries from
 layer to layer (alternating masks, indexers, several streams) is carried.
 
 Shape suffixes: B = documents, T = tokens, D = hidden size, V = vocabulary.
@@ -14,7 +14,6 @@ import ctypes
 import itertools
 import json
 import sys
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from reapkit.activations import Place, Spill, is_spillable
@@ -42,8 +42,6 @@ from reapkit.quantization import HINT, Format, read_format
 from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
 
-# glibc's malloc.h: the most arenas that there may be.
-_M_ARENA_MAX = -8
 # Threads that read a layer for a GPU. More of them read no faster than two, and take turns with the thread that launches kernels
 _READERS = 2
 
@@ -528,17 +526,6 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _share_freed_memory() -> None:
-    """Let all threads take memory from one place.
-
-    Every micro-batch has a thread, and glibc gives threads arenas of their own, in which what a layer's temporaries took would stay while
-    the others run: six times what is suspended (benchmarks/activation_budget.py). One thread runs at a time, so none waits.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
 def build_meta_model(
     path: Path, architecture: Architecture, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
@@ -742,8 +729,8 @@ class _Cancelled(BaseException):
     """Wakes a suspended forward so that it unwinds."""
 
 
-class _Forward(threading.Thread):
-    """One micro-batch's forward, run a layer at a time.
+class _Forward:
+    """One micro-batch's forward, run a layer at a time, in a greenlet: a stack of its own, and no thread.
 
     Attributes:
         result: what the model returned.
@@ -761,57 +748,41 @@ class _Forward(threading.Thread):
         observe: RoutedObserver | None,
         kernels: ModuleType | None,
     ) -> None:
-        super().__init__(daemon=True)
         self._observe = observe
         self._kernels = kernels
         self._seen = []
+        self._layer = -1
         self.result: Any = None
         self.output: Tensor | None = None
         self._run_forward = run
         self._device = device
-        self._resumed = threading.Semaphore(0)
-        self._paused = threading.Semaphore(0)
-        self._cancelled = False
-        self._error: BaseException | None = None
+        self._greenlet = greenlet(self._run)
 
-    def run(self) -> None:
-        self._resumed.acquire()
-        try:
-            if self._cancelled:
-                return
-            running.observe, running.kernels = self._observe, self._kernels
-            # Gradient mode and the current device belong to the thread.
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            with torch.inference_mode():
-                self.result = self._run_forward()
-        except _Cancelled:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._paused.release()
+    def _run(self) -> None:
+        with suppress(_Cancelled):
+            self.result = self._run_forward()
 
     def pause(self, layer: int, hidden: Any = None) -> None:
-        """Called in the thread: wait in front of a layer, whose input is `hidden`."""
-        running.layer = layer
+        """Called in the forward: wait in front of a layer, whose input is `hidden`."""
+        self._layer = layer
         if is_spillable(hidden) and not any(hidden is tensor for tensor in self.held()):
             self._seen.append(weakref.ref(hidden))
         hidden = None
-        self._paused.release()
-        self._resumed.acquire()
-        if self._cancelled:
-            raise _Cancelled
+        self._greenlet.parent.switch()
 
     def step(self) -> None:
         """Called from outside: run up to the next pause or to the end."""
-        if self.ident is None:
-            self.start()
         self.output = None
-        self._resumed.release()
-        self._paused.acquire()
-        if self._error is not None:
-            raise self._error
+        running.forward, running.layer = self, self._layer
+        running.observe, running.kernels = self._observe, self._kernels
+        self._greenlet.parent = getcurrent()
+        # Gradient mode and the current device belong to the thread, so they are set for every step.
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        try:
+            with torch.inference_mode(), on_device:
+                self._greenlet.switch()
+        finally:
+            running.forward = running.observe = running.kernels = None
 
     def held(self) -> list[Tensor]:
         """The hidden states that it holds while it is suspended."""
@@ -825,17 +796,17 @@ class _Forward(threading.Thread):
         return result
 
     def cancel(self) -> None:
-        """Called from outside: unwind and join."""
-        if self.is_alive():
-            self._cancelled = True
-            self._resumed.release()
-            self.join()
+        """Called from outside: unwind."""
+        if self._greenlet:  # begun, and not at its end
+            self._greenlet.parent = getcurrent()
+            self._greenlet.throw(_Cancelled)
 
 
 class SuspendedForwards:
     """The model's own forward over many micro-batches, all of them suspended in front of the same layer.
 
-    A context manager: on leaving, also by an error or Ctrl-C, every forward is woken and joined, and the model's weights are freed.
+    A context manager: on leaving, also by an error or Ctrl-C, every forward is woken and unwound, and the model's weights are freed. To be
+    used in the thread that made it.
 
     Args:
         model: whose forward runs.
@@ -878,7 +849,6 @@ class SuspendedForwards:
         self._keep_outputs = keep_outputs or self._runs_mtp
 
     def __enter__(self) -> SuspendedForwards:
-        _share_freed_memory()
         for index, layer in enumerate(self._model.layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index), with_kwargs=True))
             if self._with_outputs:
@@ -976,29 +946,28 @@ class SuspendedForwards:
         return tensor.to(self._model.device, self._model.dtype if tensor.is_floating_point() else None)
 
 
+def _running_forward() -> _Forward:
+    assert isinstance(running.forward, _Forward)
+    return running.forward
+
+
 def _pause_before(layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-    forward = threading.current_thread()
-    assert isinstance(forward, _Forward)
-    forward.pause(layer, args[0] if args else kwargs.get("hidden_states"))
+    _running_forward().pause(layer, args[0] if args else kwargs.get("hidden_states"))
 
 
 def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
-    forward = threading.current_thread()
-    assert isinstance(forward, _Forward)
     # Families return the hidden state, or it and what attention or the router had to say.
-    forward.output = output[0] if isinstance(output, tuple) else output
+    _running_forward().output = output[0] if isinstance(output, tuple) else output
 
 
 def _pause_after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
-    forward = threading.current_thread()
-    assert isinstance(forward, _Forward)
-    forward.pause(layer, output[0] if isinstance(output, tuple) else output)
+    _running_forward().pause(layer, output[0] if isinstance(output, tuple) else output)
 
 
 def _run_mtp(model: StreamedModel, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """After the decoder's last norm: run the MTP layers, each when it is its turn."""
-    forward = threading.current_thread()
-    assert isinstance(forward, _Forward) and model.mtp is not None
+    forward = _running_forward()
+    assert model.mtp is not None
     hidden_BTD = output.last_hidden_state
     for depth, index in enumerate(model.layout.mtp_indices):
         running.layer = index

@@ -46,7 +46,6 @@ from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, St
 from reapkit.sums import RoutedSums
 
 ACTIVATIONS = "suspended activations"
-THREADS = "threads of suspended micro-batches"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer: 32,768 tokens of
 # MiniMax-M2 take 6 GB in bf16. Where two layers and that do not fit on a GPU, as many halves of it as do.
@@ -61,12 +60,8 @@ HELD_STATES = 2
 # What a document with images holds beside its pixels, as a multiple of that. Per image token Qwen3-VL keeps what its vision tower made
 # for the embeddings and for three layers, all of it twice, and the tower's last states of four patches: measured, 6 times.
 IMAGES_FACTOR = 7
-# On a CPU every suspended forward keeps a team of OpenMP threads of its own, about a megabyte each: without a bound, 2,000 micro-batches
-# on 64 cores would be 128,000 threads. Fewer mean more waves, so more reading, which the computing hides.
-MAX_THREADS = 1024
-# What such a thread keeps besides activations, its stack, its arena and buffers of matrix products: measured by
-# benchmarks/activation_budget.py with one OpenMP thread each.
-THREAD_BYTES = 2_300_000
+# Micro-batches that may be suspended at once: each keeps its frames, and its positions' cosines and sines, besides its hidden states.
+MAX_SUSPENDED = 2048
 # Share of a matrix product's rate that a whole layer reaches: gathering, attention and small groups cost the rest. m2-nano on two CPU
 # cores reaches about a quarter, a MiniMax-M2 layer on an H100 about a third. Erring low makes the estimate of the time too long.
 LAYER_EFFICIENCY = 0.3
@@ -317,11 +312,9 @@ class Observation:
         """Bytes that a run takes on the device, on a CPU besides the process itself, by what they are for."""
         model = self.model
         largest = max(held_bytes(batch, bytes_per_token(model)) for batch in self.batches)
-        most = max((len(wave) for wave in self.waves), default=0)
         return {
             "two layers": 2 * model.layer_nbytes,
             "embeddings": model.entry_nbytes,
-            **({THREADS: most * THREAD_BYTES} if model.device.type == "cpu" else {}),
             ACTIVATIONS: self.held_bytes if self.place == "device" else min(self.held_bytes, RESIDENT * largest),
             "a running micro-batch": max(
                 _batch_bytes(model, batch.input_ids_BT.size, length=batch.input_ids_BT.shape[1])
@@ -352,19 +345,18 @@ class Observation:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what was held where memory, or threads, run out all the same: others may take them during the run."""
+        """Say what was held where memory runs out all the same: others may take it during the run."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            # torch's own class for the device, and a plain RuntimeError for main memory and for threads.
-            is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-            if not is_memory and "can't start new thread" not in str(error):
+            # torch's own class for the device, and a plain RuntimeError for main memory.
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
+                error
+            ):
                 raise
-            held, most = self.held_bytes, max(len(wave) for wave in self.waves)
+            held = self.held_bytes
             raise ResourceError(
-                f"the memory of {self.model.device} ran out: observing was to take {_parts(self.memory())}"
-                if is_memory
-                else f"the system gives no more threads, and observing was to take {most:,} at once, one for a micro-batch",
+                f"the memory of {self.model.device} ran out: observing was to take {_parts(self.memory())}",
                 hint=f"repeat the command with --activation-budget {max(held // 2_000_000, 1)}MB: it goes on where it stopped",
             ) from error
 
@@ -621,7 +613,7 @@ class Observation:
             parts,
             budget=self.budget,
             bytes_per_token=bytes_per_token(model),
-            max_batches=max_suspended(model.device),
+            max_batches=MAX_SUSPENDED,
             min_waves=shortest,
         )
 
@@ -740,11 +732,6 @@ def split_into_waves(
         waves[-1].append(batch)
         held += size
     return waves
-
-
-def max_suspended(device: torch.device) -> int:
-    """Micro-batches that may be suspended at once."""
-    return max(1, MAX_THREADS // (torch.get_num_threads() if device.type == "cpu" else 1))
 
 
 def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:

@@ -31,10 +31,10 @@ from reapkit.formats import decode
 from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
 from reapkit.observation import (
+    MAX_SUSPENDED,
     Observation,
     bytes_per_token,
     default_budget,
-    max_suspended,
     split_into_waves,
     tokens_per_batch,
 )
@@ -122,7 +122,7 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
         parts,
         budget=default_budget(model),
         bytes_per_token=bytes_per_token(model),
-        max_batches=max_suspended(model.device),
+        max_batches=MAX_SUSPENDED,
     )
     decoder = [layer for layer in layout.layers if layer.index < layout.num_layers]
     sums = {layer.index: _LayerSums(observation, layer, data.num_tokens) for layer in decoder}
