@@ -3,7 +3,7 @@
     python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
     python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
-    torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER     one run over N GPUs, timed between barriers
+    torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER [--tokens 6000000]     one run over N GPUs, timed between barriers
 
 `make` writes random weights of the real shapes, names and dtypes (embeddings and vocabulary too) and text of random tokens in documents of
 2,048. `chain` prints what each command took, the rates behind it, and what they come to for 62 layers and 16 million tokens.
@@ -48,6 +48,9 @@ def main() -> int:
     step.add_argument("--samples", type=int, default=128)
     step = steps.add_parser("ranks")
     step.add_argument("folder", type=Path)
+    step.add_argument(
+        "--tokens", type=int, help="drawn at random, in place of the text, so that no time goes into tokenising"
+    )
     arguments = vars(parser.parse_args())
     {"make": make, "chain": chain, "cap": cap, "ranks": ranks}[arguments.pop("step")](**arguments)
     return 0
@@ -271,9 +274,15 @@ class HostMemory:
 # ---- several GPUs
 
 
-def ranks(folder: Path) -> None:
+def ranks(folder: Path, tokens: int | None) -> None:
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as the command line sets it
+    from reapkit import observation as module
     from reapkit.observation import Observation, Run
     from reapkit.ranks import Ranks
+
+    if tokens is not None:
+        drawn = drawn_text(tokens)
+        module.load = lambda *_, **__: drawn  # type: ignore[assignment]
 
     own = Ranks.from_environment()
     observation = Observation(folder, [str(folder / "text.jsonl")], run=Run(), max_length=LENGTH, seed=0, ranks=own)
@@ -291,6 +300,20 @@ def ranks(folder: Path) -> None:
     path = folder.with_name(f"{folder.name}.ranks-{own.count}")
     if own.rank == 0:
         statistics.save(path)
+
+
+def drawn_text(tokens: int) -> Any:
+    """Documents of random tokens in four domains."""
+    import numpy as np
+
+    from reapkit.calibration import CalibrationData, Document
+
+    random_ids = np.random.default_rng(0)
+    documents = tuple(
+        Document(random_ids.integers(2, WORDS, LENGTH, dtype=np.int32), f"d{number % 4}", number)
+        for number in range(-(-tokens // LENGTH))
+    )
+    return CalibrationData(documents, ("d0", "d1", "d2", "d3"), f"drawn {tokens}", ())
 
 
 def read(path: Path) -> Any:

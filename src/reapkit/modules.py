@@ -42,8 +42,10 @@ from reapkit.quantization import HINT, Format, read_format
 from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
 
-# Threads that read a layer for a GPU. More of them read no faster than two, and take turns with the thread that launches kernels
-_READERS = 2
+# Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels.
+_READERS = 4
+# glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it.
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -526,6 +528,17 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def _map_large_tensors() -> None:
+    """Keep suspended hidden states and a layer's temporaries from breaking up each other's memory.
+
+    glibc moves its threshold up with what is freed, and then lays both out in one heap: a fourth more than what is suspended was taken
+    (benchmarks/activation_budget.py).
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
 def build_meta_model(
     path: Path, architecture: Architecture, *, origin: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
@@ -849,6 +862,8 @@ class SuspendedForwards:
         self._keep_outputs = keep_outputs or self._runs_mtp
 
     def __enter__(self) -> SuspendedForwards:
+        if self._model.device.type == "cpu":
+            _map_large_tensors()
         for index, layer in enumerate(self._model.layers):
             self._hooks.append(layer.register_forward_pre_hook(partial(_pause_before, index), with_kwargs=True))
             if self._with_outputs:
