@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_a_module_imports_only_from_below(name: str) -> None:
 def test_the_lower_floors_need_neither_torch_nor_transformers(name: str) -> None:
     outside = {part.split(".")[0] for part in imports(name)} - {"reapkit", *sys.stdlib_module_names, *LIGHT_PACKAGES}
     assert {part for part in outside if (name, part) not in LAZY_EXCEPTIONS} == set()
+
+
+@pytest.mark.parametrize("name", ["compression", "verification"])
+def test_pruning_and_verifying_start_without_torch(name: str) -> None:
+    """Torch takes seconds to import and half a gigabyte; what copies and compares bytes needs neither."""
+    script = f"import sys, reapkit.{name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reapkit import hub, plans, shards
 from reapkit import layout as layouts
@@ -15,16 +16,17 @@ from reapkit.elimination import check_weights
 from reapkit.errors import DataError
 from reapkit.landing import Transfer
 from reapkit.layout import Architecture, MoELayout
-from reapkit.magnitudes import score_by_weights
-from reapkit.observation import Observation, Run
 from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
-from reapkit.rerouting import Reroute
 from reapkit.samples import beside
 from reapkit.shards import OWN_FOLDER, Manifest
 from reapkit.statistics import Statistics
 from reapkit.verification import Verification, verify
+
+if TYPE_CHECKING:  # pruning imports no torch: it is copying, and starts at once
+    from reapkit.observation import Observation, Run
+    from reapkit.rerouting import Reroute
 
 STATISTICS_NAME = "statistics.safetensors"
 
@@ -54,6 +56,8 @@ class Target:
     @property
     def reroute(self) -> Reroute | None:
         """What observing must gather besides sums."""
+        from reapkit.rerouting import Reroute
+
         return Reroute(self.reroute_tokens, self.reroute_candidates) if self.criterion in OF_SAMPLE else None
 
 
@@ -227,6 +231,8 @@ def choose_by_weights(
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
     layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
+    from reapkit.magnitudes import score_by_weights
+
     scores = score_by_weights(checkpoint, layout, progress=progress)
     return plans.choose_for_checkpoint(
         checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, scores=scores
@@ -275,6 +281,8 @@ def prepare(
             allow_missing_scales=True,
             dry_run=True,
         )
+    from reapkit.observation import Observation, Run
+
     observation = Observation(
         checkpoint, data, run=run or Run(), max_length=max_length, seed=seed, reroute=target.reroute
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,13 +39,15 @@ from reapkit.clusters import Group
 from reapkit.errors import CheckpointError, ReapkitError
 from reapkit.landing import Landed
 from reapkit.layout import Identity, MoELayer, MoELayout, StackedTensor, resolve
-from reapkit.neurons import ExpertTensors, Place, read_orders
 from reapkit.outputs import explained
 from reapkit.progress import Progress, silent
 from reapkit.quantization import Format, read_format
 from reapkit.shards import LANDED, Manifest
 from reapkit.sources import Range
 from reapkit.tensors import TensorInfo, parse_json, read_header
+
+if TYPE_CHECKING:
+    from reapkit.neurons import Place
 
 _CHUNK_BYTES = 16 << 20
 
@@ -289,6 +291,8 @@ def _merged(
     """The same with averages where several experts became one."""
     merging = manifest.merging
     assert merging is not None
+    from reapkit.neurons import ExpertTensors, read_orders
+
     orders = read_orders(out, merging, layout.num_experts)
     form = read_format(checkpoint)
     averaged: dict[str, tuple[MoELayer, tuple[Group, ...], str]] = {}
