@@ -21,8 +21,7 @@ import tiny
 from browser import DESKTOP, PHONE, Page, browser, needs_browser
 from reapkit import cli, layout, plans, reporting, shards
 from reapkit.architectures import ARCHITECTURES
-from reapkit.cards import CARD_NAME
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import CARD_NAME, Checkpoint
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.layout import Identity
 from reapkit.reporting import MAX_BYTES, Evidence, jaccard, jaccard_by_chance, render

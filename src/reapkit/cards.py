@@ -17,7 +17,15 @@ from typing import Any
 from reapkit import inventory as inventories
 from reapkit import serving
 from reapkit.calibration import DataSource, looks_like_path
-from reapkit.checkpoint import Checkpoint, is_inside, text_section
+from reapkit.checkpoint import (
+    CARD_NAME,
+    EVALUATION_NAME,
+    FIDELITY_NAME,
+    STATISTICS_NAME,
+    Checkpoint,
+    is_inside,
+    text_section,
+)
 from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.inventory import Inventory
 from reapkit.layout import MoELayout
@@ -26,10 +34,6 @@ from reapkit.plans import PruningPlan
 from reapkit.statistics import CalibrationRecord, Statistics
 from reapkit.tensors import parse_json
 
-CARD_NAME = "README.md"
-FIDELITY_NAME = "reapkit/fidelity.json"
-EVALUATION_NAME = "reapkit/eval.json"
-STATISTICS_NAME = "reapkit/statistics.safetensors"
 BEGIN, END = "<!-- reapkit: results -->", "<!-- reapkit: end of results -->"
 REAP_TITLE = "REAP (Router-weighted Expert Activation Pruning)"
 CITATION = """\

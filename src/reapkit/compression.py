@@ -9,7 +9,7 @@ from pathlib import Path
 from reapkit import hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import STATISTICS_NAME, Checkpoint
 from reapkit.criteria import AIMER, OF_SAMPLE
 from reapkit.elimination import check_weights
 from reapkit.errors import DataError
@@ -22,11 +22,9 @@ from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.rerouting import Reroute
 from reapkit.samples import beside
-from reapkit.shards import OWN_FOLDER, Manifest
+from reapkit.shards import Manifest
 from reapkit.statistics import Statistics
 from reapkit.verification import Verification, verify
-
-STATISTICS_NAME = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def compress(
         mtp=mtp,
         allow_missing_scales=allow_missing_scales,
     )
-    path = out / OWN_FOLDER / STATISTICS_NAME
+    path = out / STATISTICS_NAME
     statistics = observed_before(path, observation)
     if statistics is None:
         statistics = observation.write(path, progress=progress)
@@ -262,7 +260,7 @@ def prepare(
         )
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
     done = shards.finished(out)
-    if done is not None and (out / OWN_FOLDER / STATISTICS_NAME).exists():
+    if done is not None and (out / STATISTICS_NAME).exists():
         manifest = done  # whether it is this command's shows when the plan is made again from these statistics
     else:
         manifest = shards.write(

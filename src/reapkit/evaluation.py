@@ -31,7 +31,7 @@ import numpy as np
 from reapkit import benchmarks, programs
 from reapkit.behaviour import without_thinking
 from reapkit.benchmarks import CARD, MULTIPLE_CHOICE, PUBLISHED, SUITES, Benchmark, Problems, Question, prompt_of
-from reapkit.checkpoint import MANIFEST_NAME
+from reapkit.checkpoint import EVALUATION_NAME, MANIFEST_NAME
 from reapkit.endpoints import KEY_VARIABLE, REPLY_SECONDS, Endpoint, connect, is_url
 from reapkit.errors import EndpointError, EvaluationError, ReapkitError, UsageError, did_you_mean
 from reapkit.figures import Figure, mean
@@ -44,8 +44,6 @@ from reapkit.sandbox import Sandbox, find
 FORMAT = "reapkit-eval-1"
 RESULT_NAME = "eval.json"
 TABLE_NAME = "table.md"
-# Where a pruned model's own folder keeps the table that it is in.
-KEPT_NAME = "reapkit/eval.json"
 # How long vLLM may take to load a checkpoint: hundreds of gigabytes from a slow disk.
 START_SECONDS = 3600.0
 # Requests of one model at once, and failed ones before the server counts as gone.
@@ -218,6 +216,12 @@ class Evaluation:
         }
 
     @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The folders among the models that reapkit wrote."""
+        folders = [Path(subject.source) for subject in self.subjects if not is_url(subject.source)]
+        return tuple(folder for folder in folders if (folder / MANIFEST_NAME).is_file())
+
+    @property
     def complete(self) -> bool:
         return all(cell.figure is not None for cells in self.rows.values() for cell in cells)
 
@@ -315,9 +319,8 @@ def write(evaluation: Evaluation, out: Path) -> None:
     content = (json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     save(out / RESULT_NAME, content)
     save(out / TABLE_NAME, evaluation.table().encode())
-    for subject in evaluation.subjects:
-        if (Path(subject.source) / MANIFEST_NAME).is_file():
-            save(Path(subject.source) / KEPT_NAME, content)
+    for folder in evaluation.outputs:
+        save(folder / EVALUATION_NAME, content)
 
 
 def score_replies(path: Path, settings: Settings, *, progress: Progress = silent) -> Evaluation:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from reapkit import cards, criteria, plans
-from reapkit.cards import EVALUATION_NAME, FIDELITY_NAME, STATISTICS_NAME, read_result
-from reapkit.checkpoint import refuse_unfinished
+from reapkit.cards import read_result
+from reapkit.checkpoint import EVALUATION_NAME, FIDELITY_NAME, STATISTICS_NAME, refuse_unfinished
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.inventory import Inventory, inspect
 from reapkit.outputs import save

@@ -23,8 +23,17 @@ from threading import Event, Lock
 from typing import Any
 
 from reapkit import cards, edits, landing
-from reapkit.cards import CARD_NAME, Subject
-from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
+from reapkit.cards import Subject
+from reapkit.checkpoint import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    UNFINISHED_NAME,
+    Checkpoint,
+    read_small,
+    walk,
+)
 from reapkit.clusters import Merging
 from reapkit.edits import Copy, Orders, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
