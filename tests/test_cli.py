@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -457,6 +458,13 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
+def wait_until_computing(process: subprocess.Popen[bytes]) -> None:
+    watched = psutil.Process(process.pid)
+    begun, deadline = watched.cpu_times().user, time.monotonic() + 60
+    while watched.cpu_times().user < begun + 0.1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_ctrl_c_once_stops_after_the_running_wave_and_says_how_to_go_on(
     model: Path, long_text: Path, tmp_path: Path
 ) -> None:
@@ -464,6 +472,7 @@ def test_ctrl_c_once_stops_after_the_running_wave_and_says_how_to_go_on(
     with observing(model, long_text, statistics, "5MB") as process:
         wait_for(sums, process)
         before = Statistics.load(sums, unfinished=True).finished_batches
+        wait_until_computing(process)  # the next wave: what came between the file and it would stop before it
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
