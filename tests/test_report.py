@@ -23,8 +23,9 @@ from reapkit import cli, layout, plans, reporting, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import CARD_NAME, Checkpoint
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
+from reapkit.evidence import jaccard
 from reapkit.layout import Identity
-from reapkit.reporting import MAX_BYTES, Evidence, jaccard, jaccard_by_chance, render
+from reapkit.reporting import MAX_BYTES, Evidence, jaccard_by_chance, render
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics
 from test_cards import EVALUATION
 

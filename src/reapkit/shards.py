@@ -276,7 +276,9 @@ def write(
     }
     described = replace(checkpoint, config=config, tensors=tensors)
     known = manifest.after.parameters is not None
-    files[CARD_NAME] = cards.compose(Subject(checkpoint, layout, plan, described, known, dequantize, base_model))
+    files[CARD_NAME] = cards.compose(
+        Subject(checkpoint, layout, plan, described, known, dequantize, base_model, merging)
+    )
     with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *copied, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)
         for name, content in files.items():
