@@ -142,6 +142,14 @@ def test_inspect_of_minimax_m2s_125_headers_is_23_megabytes_of_230_gigabytes(hub
     assert moved <= 1.001 * needed < 23_000_000
 
 
+def test_inspect_brings_the_chat_template_where_parsers_depend_on_it(hub: LoopbackHub, qwen3: Path) -> None:
+    hub.repos["org/qwen"] = Repo(qwen3)
+    remote, local = inspect("org/qwen"), inspect(qwen3)
+    assert (
+        (remote.tool_parser, remote.reasoning_parser) == (local.tool_parser, local.reasoning_parser) == ("hermes", None)
+    )
+
+
 def test_of_a_hub_and_of_a_folder_every_tensor_reads_the_same(hub: LoopbackHub) -> None:
     remote, local = Checkpoint.open("org/nano"), Checkpoint.open(NANO)
     assert remote.revision == hub.repos["org/nano"].commit
