@@ -212,6 +212,20 @@ def test_the_page_names_the_commands_that_make_the_output_again(evidence: Eviden
     ]
 
 
+def test_the_commands_name_how_the_plan_was_made(out: Path, evidence: Evidence, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    plan = tiny.read_json(folder / "reapkit/plan.json")
+    tiny.write_json(folder / "reapkit/plan.json", plan | {"options": {"protect": "super", "blend": "code=2,math=1"}})
+    _, command, _ = reporting._commands(replace(evidence, out=folder))
+    named = "--criterion reap --blend code=2,math=1 --protect super --keep 5 -o plan.json"
+    assert command == f"reapkit plan statistics.safetensors {named}"
+    # Sampled tokens, which the statistics do not tell of: without their file nothing is said of observing.
+    manifest = replace(evidence.manifest, criterion="reroute")
+    first, *_ = reporting._commands(replace(evidence, manifest=manifest, out=folder))
+    assert first.startswith("reapkit plan statistics.safetensors --criterion reroute")
+
+
 def test_the_page_is_self_contained_and_the_same_every_time(evidence: Evidence) -> None:
     page = render(evidence)
     assert page == render(evidence) and len(page) < MAX_BYTES

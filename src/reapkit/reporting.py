@@ -28,8 +28,9 @@ from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.evidence import jaccard
 from reapkit.inventory import Inventory, inspect
 from reapkit.outputs import save
-from reapkit.plans import num_kept
-from reapkit.shards import Manifest
+from reapkit.plans import PruningPlan, num_kept
+from reapkit.samples import RoutedSamples, beside
+from reapkit.shards import PLAN_NAME, Manifest
 from reapkit.statistics import NUM_FOLDS, Array, LayerStatistics, Statistics
 
 # What `report` promises. Plotly's own script takes two thirds of it; the rest holds 60 layers of 384 experts several times.
@@ -270,9 +271,12 @@ def _commands(evidence: Evidence) -> Iterator[str]:
     # A snapshot of the hub's cache that was named by its folder has a revision too, which must not be repeated.
     origin, revision = manifest.source.origin, manifest.source.revision
     source = [origin, *(["--revision", revision] if revision and Path(origin).name != revision else [])]
-    random = manifest.criterion == criteria.RANDOM
+    without_text = manifest.criterion in (criteria.RANDOM, criteria.AIMER) and not manifest.calibration
+    path = beside(evidence.out / STATISTICS_NAME)
+    sample = RoutedSamples.open(path).header if path.is_file() else None
+    is_told = sample is not None or manifest.criterion != criteria.REROUTE
     data: list[str] = []
-    if not random and statistics is not None and len(statistics.calibration) == 1:
+    if not without_text and is_told and statistics is not None and len(statistics.calibration) == 1:
         record = statistics.calibration[0]
         data += [word for part in record.sources for word in ("--data", str(part["source"]))]
         settings = [
@@ -281,10 +285,12 @@ def _commands(evidence: Evidence) -> Iterator[str]:
             "--dtype",
             str(statistics.settings["dtype"]),
         ]
+        if sample is not None:
+            settings += ["--reroute-tokens", str(sample.tokens), "--reroute-candidates", str(sample.candidates)]
         words = ["observe", *source, *data, *settings, "--seed", str(record.seed), "-o", "statistics.safetensors"]
         yield shlex.join(["reapkit", *words])
     seed = ["--seed", str(manifest.seed)] if manifest.seed is not None else []
-    basis = source if random and not manifest.calibration else ["statistics.safetensors"]
+    basis = source if without_text else ["statistics.safetensors"]
     keep = ["--keep", str(evidence.num_kept)]
     named = ["--base-model", manifest.base_model] if manifest.base_model else []
     if (merging := manifest.merging) is not None:
@@ -297,7 +303,12 @@ def _commands(evidence: Evidence) -> Iterator[str]:
         how = ["--method", merging.method, *keep, "--router", merging.router, *text, "--tokens", str(merging.tokens)]
         yield shlex.join(["reapkit", "merge", *source, "statistics.safetensors", *how, "-o", evidence.out.name, *named])
         return
-    yield shlex.join(["reapkit", "plan", *basis, "--criterion", manifest.criterion, *keep, *seed, "-o", "plan.json"])
+    path = evidence.out / PLAN_NAME
+    chosen = PruningPlan.load(path).options if path.is_file() else {}
+    how = [word for name, value in sorted(chosen.items()) for word in (f"--{name}", str(value))]
+    yield shlex.join(
+        ["reapkit", "plan", *basis, "--criterion", manifest.criterion, *how, *keep, *seed, "-o", "plan.json"]
+    )
     options = ["--dequantize"] if manifest.dequantized else []
     options += named
     if manifest.drop_mtp:
