@@ -25,6 +25,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 SOAK_MINUTES ?= 30
+# Of each benchmark's canonical solutions the first so many, all where it is empty; and mutants of them.
+EVAL_PROBLEMS ?=
+EVAL_MUTANTS ?= 200
 
 .PHONY: demo test lint serve-check eval-check quantize-check hub-check docs site screenshots torture fuzz soak budget bench study clean
 
@@ -54,8 +57,9 @@ eval-check:
 	HF_HUB_OFFLINE=1 .venv-eval/bin/python -m pytest --noconftest -m eval tests/eval/test_inspect.py
 	.venv-eval/bin/python tests/eval/replay.py out/replay
 	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/grade.py "$$REAPKIT_SHARED_DATA/benchmarks/MATH-500.jsonl.gz"
-	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/canonical.py "$$REAPKIT_SHARED_DATA/benchmarks"
-	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/mutants.py "$$REAPKIT_SHARED_DATA/benchmarks"
+	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/canonical.py "$$REAPKIT_SHARED_DATA/benchmarks" \
+		$(if $(EVAL_PROBLEMS),--problems $(EVAL_PROBLEMS))
+	test -z "$$REAPKIT_SHARED_DATA" || .venv-eval/bin/python tests/eval/mutants.py "$$REAPKIT_SHARED_DATA/benchmarks" --count $(EVAL_MUTANTS)
 
 quantize-check: $(INSTALLED)
 	test -x .venv-quantize/bin/python || $(PYTHON) -m venv .venv-quantize

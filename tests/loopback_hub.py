@@ -130,10 +130,8 @@ class LoopbackHub:
         return f"http://127.0.0.1:{self._servers[1].server_port}"
 
     def forget(self) -> None:
-        """Count from zero."""
-        self.moved.clear()
-        self.requests.clear()
-        self.spans.clear()
+        """Count from zero; what is still sent to requests from before counts no more."""
+        self.moved, self.requests, self.spans = Counter(), Counter(), []
 
     def environment(self, home: Path, *, token: str | None = None) -> dict[str, str]:
         """For a process that is to use this hub, with a cache of its own."""
@@ -174,6 +172,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def parse_request(self) -> bool:
+        self.moved, self.spans = self.hub.moved, self.hub.spans  # those of the time of asking
+        return super().parse_request()
+
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, where: str = "") -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -183,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
             with self.hub.lock:
-                self.hub.moved[where or self.where] += len(body)
+                self.moved[where or self.where] += len(body)
 
     def answer_json(self, value: Any) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, where="api")
@@ -219,9 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             with self.hub.lock:
-                self.hub.moved[self.where] += sent
+                self.moved[self.where] += sent
                 if self.where == "storage":
-                    self.hub.spans.append((name, start, sent))
+                    self.spans.append((name, start, sent))
         if sent < stop - start:
             self.close_connection = True
 

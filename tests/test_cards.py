@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 import tiny
 from conftest import PlanFor
 from reapkit import cards, compress, inspect, shards, verify
-from reapkit.cards import BEGIN, CARD_NAME, END
+from reapkit.cards import BEGIN, END
+from reapkit.checkpoint import CARD_NAME
 from reapkit.compression import Target, prune
 from reapkit.errors import CheckpointError
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -245,7 +246,16 @@ def test_compare_answers_no_with_exit_code_3(model: Path, text: Path, statistics
     assert len(compared["failed"]) == 2 and compared["overall"]["kl"]["value"] > 0
     assert set(compared["domains"]) == {"a", "b"}
     assert read_json(pruned / "reapkit/fidelity.json")["overall"] == compared["overall"]
+    kl, tokens = compared["overall"]["kl"], compared["overall"]["tokens"]
+    assert (
+        f"| all | {tokens:,} | {kl['value']:.4f} ± {kl['standard_error']:.4f} |" in (pruned / "README.md").read_text()
+    )
     assert run("verify", pruned).exit_code == 0
+    (pruned / "README.md").write_text("mine")
+    result = run("compare", model, pruned, "--data", text)
+    assert result.exit_code == 0 and "wrote" in result.stderr
+    assert "the model card was left as it is: README.md in" in result.stderr
+    assert (pruned / "README.md").read_text() == "mine"
     same = answer("compare", model, model, "--data", text, "--fail-on", "kl=1e-9,top1=1")
     assert same["overall"]["kl"]["value"] == 0 and same["overall"]["top1"]["value"] == 1
 
@@ -267,6 +277,29 @@ def test_eval_shows_what_could_not_be_run_and_fails(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "2 of 2 cells are empty; the table says why" in result.stderr
     assert "| MBPP+ | - [1] |" in result.stdout and "no server answers at http://127.0.0.1:9" in result.stdout
     assert (tmp_path / "out/eval.json").exists()
+
+
+def test_eval_brings_its_table_into_the_card_of_an_output(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reapkit import evaluation
+
+    plan, pruned = tmp_path / "plan.json", tmp_path / "pruned"
+    run("plan", model, "--criterion", "random", "--keep", "6", "-o", plan)
+    run("prune", model, plan, "-o", pruned)
+
+    def cells(entry: Any, subject: Any, *_: Any) -> dict[str, evaluation.Cell]:
+        right = float(subject.name == "original")
+        return dict.fromkeys(entry.rows, evaluation.Cell.of({"a": [1.0], "b": [right]}))
+
+    monkeypatch.setattr(evaluation, "_run", cells)
+    monkeypatch.setattr(evaluation, "_enter", lambda *_: None)
+    result = run("eval", f"original={model}", f"small={pruned}", "--only", "math500", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    card = (pruned / "README.md").read_text()
+    assert "| benchmark | original | small (-25 %) |" in card
+    assert "| MATH-500 | 100.0 ± 0.0 | 50.0 ± 50.0 (-50.0 ± 50.0) |" in card
+    assert not (model / "reapkit").exists() and "brought the results into" in result.stderr
 
 
 def test_verify_answers_no_with_exit_code_3(model: Path, statistics: Path, tmp_path: Path) -> None:
@@ -425,6 +458,13 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
+def wait_until_computing(process: subprocess.Popen[bytes]) -> None:
+    watched = psutil.Process(process.pid)
+    begun, deadline = watched.cpu_times().user, time.monotonic() + 60
+    while watched.cpu_times().user < begun + 0.1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_ctrl_c_once_stops_after_the_running_wave_and_says_how_to_go_on(
     model: Path, long_text: Path, tmp_path: Path
 ) -> None:
@@ -432,6 +472,7 @@ def test_ctrl_c_once_stops_after_the_running_wave_and_says_how_to_go_on(
     with observing(model, long_text, statistics, "5MB") as process:
         wait_for(sums, process)
         before = Statistics.load(sums, unfinished=True).finished_batches
+        wait_until_computing(process)  # the next wave: what came between the file and it would stop before it
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

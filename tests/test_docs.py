@@ -18,6 +18,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import fuzzing
+import reapkit
 import test_families
 from architectures_page import PAGE, Results, render
 from families import FAMILIES
@@ -120,6 +121,11 @@ def test_the_site_is_built_with_every_link_leading_somewhere(tmp_path: Path) -> 
             r"""<(?:script|img|link)\b[^>]*\b(?:src|href)="(https?:)?//""", page.read_text(encoding="utf-8")
         )
         assert not loaded, page
+
+
+def test_every_exported_name_is_on_the_page_of_functions() -> None:
+    listed = re.findall(r"^::: reapkit\.(\w+)\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
+    assert not {(home, name) for name, home in reapkit._HOMES.items()} - set(listed)
 
 
 def test_the_screenshots_are_small() -> None:

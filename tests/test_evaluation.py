@@ -319,11 +319,11 @@ def test_vllm_that_cannot_be_started_or_ends_is_said_with_its_own_words(tmp_path
         result = evaluate([str(tmp_path)], Settings(vllm=program, only=("humaneval",)), out=tmp_path / "out")
         return result.rows["HumanEval"][0].reason
 
-    assert reason("no-such-program") == "no-such-program cannot be started: No such file or directory"
+    assert reason("no-such-program") == "no-such-program cannot be started: there is no such program"
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\necho 'ValueError: too large'\necho 'bye'\nexit 1\n")
     program.chmod(0o755)
-    assert reason(str(program)) == f"the server of {tmp_path} ended while it started: ValueError: too large"
+    assert reason(str(program)) == f"the server of {tmp_path} did not start: ValueError: too large"
 
 
 def test_cells_that_are_done_are_kept_and_the_others_tried_again(

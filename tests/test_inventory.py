@@ -97,6 +97,8 @@ def without_shards(source: Path, folder: Path, *, index: bool = True) -> Path:
     """A copy of what describes a checkpoint, without a weight."""
     folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
+    if (source / "chat_template.jinja").exists():
+        shutil.copy(source / "chat_template.jinja", folder)
     if index and (source / INDEX).exists():
         shutil.copy(source / INDEX, folder)
     return folder

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import tiny
 from families import FAMILIES, NUM_LAYERS, Family, make
-from reapkit import clusters, observe, plans, prune, shards, similarity, verify
+from reapkit import clusters, observe, plans, prune, reporting, shards, similarity, verify
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from reapkit.neurons import ExpertTensors, encode_orders, read_orders
 from reapkit.observation import Observation, Run
 from reapkit.plans import PruningPlan
 from reapkit.quantization import read_format
+from reapkit.reporting import Evidence
 from reapkit.shards import Manifest
 from reapkit.similarity import Similarities, measure
 from reapkit.statistics import LayerStatistics
@@ -278,6 +279,18 @@ def merged_in_memory(model: Any, groups: dict[int, tuple[Group, ...]], orders: d
     return model
 
 
+def test_the_report_of_a_merged_output_says_so_and_how_to_merge_again(ready: Ready, tmp_path: Path) -> None:
+    manifest = ready.merge(tmp_path / "out", "hc-smoe")
+    assert manifest.merging is not None
+    page = reporting.render(Evidence.gather(tmp_path / "out", ready.statistics)).decode()
+    assert "experts per layer are left, averages of groups by <code>hc-smoe</code>. No other weight was changed" in page
+    found = Evidence.gather(tmp_path / "out", ready.statistics)
+    *_, command = reporting._commands(found)
+    again = [f"reapkit merge {ready.folder} statistics.safetensors --method hc-smoe --keep 5",
+             f"--router {manifest.merging.router} --data {ready.text} --tokens {manifest.merging.tokens} -o out"]  # fmt: skip
+    assert command == " ".join(again)
+
+
 @every_method
 def test_a_merged_checkpoint_computes_what_merging_in_memory_does_and_loads_with_no_missing_or_unexpected_key(
     ready: Ready, method: str, tmp_path: Path
@@ -286,6 +299,12 @@ def test_a_merged_checkpoint_computes_what_merging_in_memory_does_and_loads_with
     assert manifest.merging is not None and manifest.after.num_experts == 5
     assert any(len(group.members) > 1 for groups in manifest.merging.groups.values() for group in groups)
     assert verify(tmp_path / "out").problems == ()
+    card = (tmp_path / "out/README.md").read_text()
+    assert (
+        "with the 8 experts of every MoE layer merged into 5" in card
+        and f"- **Compression method**: expert merging by {method}" in card
+    )
+    assert "- merged\n" in card and "removed" not in card and "What was kept" not in card
     orders = read_orders(tmp_path / "out", manifest.merging, 8)
     assert bool(orders) == (METHODS[method].alignment is not None)
     folder = ready.folder

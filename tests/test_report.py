@@ -21,11 +21,11 @@ import tiny
 from browser import DESKTOP, PHONE, Page, browser, needs_browser
 from reapkit import cli, layout, plans, reporting, shards
 from reapkit.architectures import ARCHITECTURES
-from reapkit.cards import CARD_NAME
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import CARD_NAME, Checkpoint
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
+from reapkit.evidence import jaccard
 from reapkit.layout import Identity
-from reapkit.reporting import MAX_BYTES, Evidence, jaccard, jaccard_by_chance, render
+from reapkit.reporting import MAX_BYTES, Evidence, jaccard_by_chance, render
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics
 from test_cards import EVALUATION
 
@@ -210,6 +210,20 @@ def test_the_page_names_the_commands_that_make_the_output_again(evidence: Eviden
         "reapkit plan ORG/NAME --revision abc --criterion random --keep 5 --seed 7 -o plan.json",
         "reapkit prune ORG/NAME --revision abc plan.json -o out --dequantize --base-model ORG/NAME --mtp same-as-layer-2",
     ]
+
+
+def test_the_commands_name_how_the_plan_was_made(out: Path, evidence: Evidence, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    plan = tiny.read_json(folder / "reapkit/plan.json")
+    tiny.write_json(folder / "reapkit/plan.json", plan | {"options": {"protect": "super", "blend": "code=2,math=1"}})
+    _, command, _ = reporting._commands(replace(evidence, out=folder))
+    named = "--criterion reap --blend code=2,math=1 --protect super --keep 5 -o plan.json"
+    assert command == f"reapkit plan statistics.safetensors {named}"
+    # Sampled tokens, which the statistics do not tell of: without their file nothing is said of observing.
+    manifest = replace(evidence.manifest, criterion="reroute")
+    first, *_ = reporting._commands(replace(evidence, manifest=manifest, out=folder))
+    assert first.startswith("reapkit plan statistics.safetensors --criterion reroute")
 
 
 def test_the_page_is_self_contained_and_the_same_every_time(evidence: Evidence) -> None:

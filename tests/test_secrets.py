@@ -108,9 +108,9 @@ def test_an_error_of_the_hubs_client_does_not_show_what_it_was_sent(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(f"401 for https://me:pass:word@hub.invalid/x with authorization: Bearer {TOKEN}, {OTHER}")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     result = run("inspect", "org/name", *verbose)
-    assert result.exit_code == 1 and "neither a folder here nor to be had from the hub: 401" in result.stderr
+    assert result.exit_code == 1 and "org/name cannot be had from the hub: 401" in result.stderr
     assert ("Traceback" in result.stderr) == bool(verbose)
     require_secret(result)
 

@@ -17,7 +17,16 @@ from typing import Any
 from reapkit import inventory as inventories
 from reapkit import serving
 from reapkit.calibration import DataSource, looks_like_path
-from reapkit.checkpoint import Checkpoint, is_inside, text_section
+from reapkit.checkpoint import (
+    CARD_NAME,
+    EVALUATION_NAME,
+    FIDELITY_NAME,
+    STATISTICS_NAME,
+    Checkpoint,
+    is_inside,
+    text_section,
+)
+from reapkit.clusters import Merging
 from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.inventory import Inventory
 from reapkit.layout import MoELayout
@@ -26,10 +35,6 @@ from reapkit.plans import PruningPlan
 from reapkit.statistics import CalibrationRecord, Statistics
 from reapkit.tensors import parse_json
 
-CARD_NAME = "README.md"
-FIDELITY_NAME = "reapkit/fidelity.json"
-EVALUATION_NAME = "reapkit/eval.json"
-STATISTICS_NAME = "reapkit/statistics.safetensors"
 BEGIN, END = "<!-- reapkit: results -->", "<!-- reapkit: end of results -->"
 REAP_TITLE = "REAP (Router-weighted Expert Activation Pruning)"
 CITATION = """\
@@ -58,6 +63,7 @@ class Subject:
         counts_parameters: whether the format shows how many there are.
         dequantize: whether quantised weights became bf16.
         base_model: the hub id that the user gave, else None.
+        merging: what its experts are averages of; None where they are the source's own.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +73,7 @@ class Subject:
     counts_parameters: bool
     dequantize: bool
     base_model: str | None
+    merging: Merging | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -249,7 +256,13 @@ def _metadata(subject: Subject) -> str:
 
     carried = dict(subject.carried)
     model_type = str(text_section(subject.config).get("model_type", subject.config["model_type"]))
-    tags = [model_type, "moe", "pruned", *(["reap"] if subject.plan.criterion == "reap" else []), "reapkit"]
+    tags = [
+        model_type,
+        "moe",
+        "pruned" if subject.merging is None else "merged",
+        *(["reap"] if subject.plan.criterion == "reap" else []),
+        "reapkit",
+    ]
     pipeline = carried.pop("pipeline_tag", "text-generation" if _is_causal(subject) else None)
     data = ModelCardData(
         base_model=subject.parent,
@@ -269,15 +282,25 @@ def _is_causal(subject: Subject) -> bool:
 def _body(subject: Subject) -> Iterator[str]:
     plan, name = subject.plan, inline(subject.parent_name)
     removed = plan.num_experts - plan.num_kept
-    method = REAP_TITLE if plan.criterion == "reap" else f"expert pruning by the criterion {inline(plan.criterion)}"
+    if subject.merging is not None:
+        method = f"expert merging by {inline(subject.merging.method)}"
+    else:
+        method = REAP_TITLE if plan.criterion == "reap" else f"expert pruning by the criterion {inline(plan.criterion)}"
     yield f"# {name}, {plan.num_kept} of {plan.num_experts} experts"
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", subject.parent or "")
     linked = f"[{name}](https://huggingface.co/{subject.parent})" if is_id else name
-    yield (
-        f"{linked} with {removed} of its {plan.num_experts} experts removed from every MoE layer, without fine-tuning. Each token still "
-        f"runs {plan.top_k} experts. What was kept is the original's, "
-        + ("multiplied out to bf16." if subject.dequantize else "byte for byte.")
-    )
+    if subject.merging is not None:
+        yield (
+            f"{linked} with the {plan.num_experts} experts of every MoE layer merged into {plan.num_kept}, without fine-tuning. Each token "
+            f"still runs {plan.top_k} experts. The other weights are the original's"
+            + (", multiplied out to bf16." if subject.dequantize else ", byte for byte.")
+        )
+    else:
+        yield (
+            f"{linked} with {removed} of its {plan.num_experts} experts removed from every MoE layer, without fine-tuning. Each token "
+            f"still runs {plan.top_k} experts. What was kept is the original's, "
+            + ("multiplied out to bf16." if subject.dequantize else "byte for byte.")
+        )
     yield "\n".join(f"- **{label}**: {value}" for label, value in _specification(subject, linked, method))
     yield "\n".join([BEGIN, END])
     if (command := deployment(subject)) is not None:
@@ -304,7 +327,8 @@ def _specification(subject: Subject, base: str, method: str) -> Iterator[tuple[s
     heads, groups = section.get("num_attention_heads"), section.get("num_key_value_heads")
     if type(heads) is int:
         yield "Attention heads", f"{heads}" + (f", {groups} for keys and values" if type(groups) is int else "")
-    yield "Experts", f"{plan.num_kept} per layer, kept from {plan.num_experts}"
+    verb = "kept" if subject.merging is None else "merged"
+    yield "Experts", f"{plan.num_kept} per layer, {verb} from {plan.num_experts}"
     yield "Activated experts", f"{plan.top_k} per token"
     if type(context := section.get("max_position_embeddings")) is int:
         yield "Context length", f"{context:,} tokens"
@@ -325,14 +349,17 @@ def _making(subject: Subject) -> Iterator[str]:
     from importlib.metadata import version
 
     plan = subject.plan
-    yield f"Written by reapkit {version('reapkit')}; `reapkit.json` has the kept experts of every layer and the routers' names."
-    if plan.criterion == "random":
+    what = "kept experts" if subject.merging is None else "groups of experts"
+    yield f"Written by reapkit {version('reapkit')}; `reapkit.json` has the {what} of every layer and the routers' names."
+    if subject.merging is not None:
+        rows = "the averages of its members'" if subject.merging.router == "average" else "its centre's own"
+        yield f"Experts became averages of groups by the method `{inline(subject.merging.method)}`; a group's router row is {rows}."
+    elif plan.criterion == "random":
         yield f"The experts were chosen at random, with the seed {plan.seed}."
     else:
         yield f"The experts were chosen by the criterion `{inline(plan.criterion)}`."
-        digests = ", ".join(f"`{inline(digest)}`" for digest in plan.calibration)
-        if digests:
-            yield f"SHA-256 of the calibration's tokens: {digests}."
+    if plan.criterion != "random" and (digests := ", ".join(f"`{inline(digest)}`" for digest in plan.calibration)):
+        yield f"SHA-256 of the calibration's tokens: {digests}."
     for layer, like in plan.unmeasured.items():
         yield f"The MTP layer {layer} was not measured and keeps the experts of layer {like}."
     if plan.drop_mtp:

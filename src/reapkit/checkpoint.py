@@ -26,6 +26,11 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "reapkit.json"
+CARD_NAME = "README.md"
+# Where an output's folder keeps what was measured of it, for its card and its report.
+STATISTICS_NAME = "reapkit/statistics.safetensors"
+FIDELITY_NAME = "reapkit/fidelity.json"
+EVALUATION_NAME = "reapkit/eval.json"
 # Present in an output folder from the first byte to the last rename: a folder that has it is nobody's checkpoint.
 UNFINISHED_NAME = "reapkit.unfinished.json"
 
@@ -227,11 +232,8 @@ def locate(
         HubError: the hub does not give it.
     """
     path, text = Path(source), str(source)
-    try:
-        is_folder, is_there = path.is_dir(), path.exists()
-    except OSError as error:
-        raise CheckpointError(f"{brief(text)} cannot be looked up: {error.strerror}") from None
-    if is_folder:
+    is_there = exists(path)
+    if is_there and path.is_dir():
         if revision is not None:
             raise UsageError(
                 f"{source} is a folder, which has no revision", hint="leave out --revision, or give a hub id"
@@ -262,9 +264,22 @@ def locate(
             f"{name} has no {CONFIG_NAME}", hint="a checkpoint has config.json and safetensors shards"
         )
     tables = {CONFIG_NAME, INDEX_NAME, *_QUANTIZATION_TABLES} & repository.files.keys()
-    others = set(filter(_is_sidecar, repository.files)) if sidecars else set()
+    # The source's card says what licence an output has.
+    others = {name for name in repository.files if _is_sidecar(name) or name == CARD_NAME} if sidecars else set()
     folder = hub.snapshot(repository, sorted(tables | others))
     return Place(folder, name, repository.revision, Remote(repository, folder, progress=progress))
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies there.
+
+    Raises:
+        CheckpointError: the system cannot say, as of a name that is too long.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{brief(str(path))} cannot be looked up: {error.strerror}") from None
 
 
 def _local_headers(path: Path, files: Iterable[str]) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
@@ -486,7 +501,7 @@ def require_plain_files(path: Path) -> None:
 
 def _is_own_or_weight(entry: Path, root: Path) -> bool:
     # The source's README describes the source; the output gets a card of its own.
-    own = entry.parent == root and entry.name in {CONFIG_NAME, MANIFEST_NAME, UNFINISHED_NAME, "README.md"}
+    own = entry.parent == root and entry.name in {CONFIG_NAME, MANIFEST_NAME, UNFINISHED_NAME, CARD_NAME}
     return own or entry.suffix in _WEIGHT_SUFFIXES | _ATTACHMENT_SUFFIXES or entry.name.endswith(".index.json")
 
 

@@ -774,14 +774,29 @@ def compare(
     elif not quiet:
         _print_fidelity(fidelity, seed)
     # After the figures are shown: a folder that cannot be written to must not cost them.
-    if (path := keep(fidelity, pruned)) is not None and not quiet:
-        _note(f"wrote {_escape(str(path))}")
+    if (path := keep(fidelity, pruned)) is not None:
+        if not quiet:
+            _note(f"wrote {_escape(str(path))}")
+        _refresh_card(Path(pruned), quiet=quiet)
     for sentence in failed:
         _note(f"[bold red]failed:[/] {_escape(sentence)}")
     if limits and not failed and not quiet and not as_json:
         out.print(f"passed: {fail_on}", highlight=False)
     if failed:
         raise typer.Exit(EXIT_ANSWERED_NO)
+
+
+def _refresh_card(folder: Path, *, quiet: bool) -> None:
+    """Bring new results into an output's model card; one that was edited out of shape costs them nothing."""
+    from reapkit import cards
+
+    try:
+        is_changed = cards.refresh(folder)
+    except ReapkitError as error:
+        _note(f"[bold]note:[/] the model card was left as it is: {_escape(error.message)}")
+    else:
+        if is_changed and not quiet:
+            _note(f"brought the results into {_escape(str(folder / 'README.md'))}")
 
 
 def _print_fidelity(fidelity: Fidelity, seed: int) -> None:
@@ -923,6 +938,8 @@ def eval_(
             write(evaluation, output)
         else:
             evaluation = evaluate(models or [], settings, out=output, progress=progress)
+    for folder in evaluation.outputs:
+        _refresh_card(folder, quiet=quiet)
     if as_json:
         _print_json(evaluation.to_json())
     elif not quiet:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from reapkit import hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
-from reapkit.checkpoint import Checkpoint
+from reapkit.checkpoint import STATISTICS_NAME, Checkpoint
 from reapkit.criteria import AIMER, OF_SAMPLE
 from reapkit.elimination import check_weights
 from reapkit.errors import DataError
@@ -20,15 +20,13 @@ from reapkit.outputs import alone, discard, lock_of, unfinished
 from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.samples import beside
-from reapkit.shards import OWN_FOLDER, Manifest
+from reapkit.shards import Manifest
 from reapkit.statistics import Statistics
 from reapkit.verification import Verification, verify
 
 if TYPE_CHECKING:  # pruning imports no torch: it is copying, and starts at once
     from reapkit.observation import Observation, Run
     from reapkit.rerouting import Reroute
-
-STATISTICS_NAME = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def compress(
         mtp=mtp,
         allow_missing_scales=allow_missing_scales,
     )
-    path = out / OWN_FOLDER / STATISTICS_NAME
+    path = out / STATISTICS_NAME
     statistics = observed_before(path, observation)
     if statistics is None:
         statistics = observation.write(path, progress=progress)
@@ -268,7 +266,7 @@ def prepare(
         )
     other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
     done = shards.finished(out)
-    if done is not None and (out / OWN_FOLDER / STATISTICS_NAME).exists():
+    if done is not None and (out / STATISTICS_NAME).exists():
         manifest = done  # whether it is this command's shows when the plan is made again from these statistics
     else:
         manifest = shards.write(

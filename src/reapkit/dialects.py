@@ -85,6 +85,12 @@ BALANCES_EXPERTS = frozenset({
 })  # fmt: skip
 
 
+def reads_template(model_type: str) -> bool:
+    """Whether the dialect of a family depends on the chat template."""
+    rows = [row for row in DIALECTS if model_type in row.model_types]
+    return any(row.marker is not None or row.thinks is not None for row in rows)
+
+
 def find(model_type: str, template: str | None) -> Dialect | None:
     """The dialect of a family by its chat template; without one, that of the family's rows that ask for no marker."""
     for row in DIALECTS:

@@ -13,10 +13,9 @@ import asyncio
 import json
 import os
 import platform
-import socket
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from reapkit import benchmarks, programs
+from reapkit import benchmarks, programs, servers
 from reapkit.behaviour import without_thinking
 from reapkit.benchmarks import CARD, MULTIPLE_CHOICE, PUBLISHED, SUITES, Benchmark, Problems, Question, prompt_of
-from reapkit.checkpoint import MANIFEST_NAME
+from reapkit.checkpoint import EVALUATION_NAME, MANIFEST_NAME
 from reapkit.endpoints import KEY_VARIABLE, REPLY_SECONDS, Endpoint, connect, is_url
-from reapkit.errors import EndpointError, EvaluationError, ReapkitError, UsageError, did_you_mean
+from reapkit.errors import EndpointError, EvaluationError, ReapkitError, ServerError, UsageError, did_you_mean
 from reapkit.figures import Figure, mean
 from reapkit.grading import Grader, grading
 from reapkit.outputs import save
@@ -44,10 +43,6 @@ from reapkit.sandbox import Sandbox, find
 FORMAT = "reapkit-eval-1"
 RESULT_NAME = "eval.json"
 TABLE_NAME = "table.md"
-# Where a pruned model's own folder keeps the table that it is in.
-KEPT_NAME = "reapkit/eval.json"
-# How long vLLM may take to load a checkpoint: hundreds of gigabytes from a slow disk.
-START_SECONDS = 3600.0
 # Requests of one model at once, and failed ones before the server counts as gone.
 CONNECTIONS = 32
 # Of one turn of tau2's user.
@@ -218,6 +213,12 @@ class Evaluation:
         }
 
     @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The folders among the models that reapkit wrote."""
+        folders = [Path(subject.source) for subject in self.subjects if not is_url(subject.source)]
+        return tuple(folder for folder in folders if (folder / MANIFEST_NAME).is_file())
+
+    @property
     def complete(self) -> bool:
         return all(cell.figure is not None for cells in self.rows.values() for cell in cells)
 
@@ -315,9 +316,8 @@ def write(evaluation: Evaluation, out: Path) -> None:
     content = (json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     save(out / RESULT_NAME, content)
     save(out / TABLE_NAME, evaluation.table().encode())
-    for subject in evaluation.subjects:
-        if (Path(subject.source) / MANIFEST_NAME).is_file():
-            save(Path(subject.source) / KEPT_NAME, content)
+    for folder in evaluation.outputs:
+        save(folder / EVALUATION_NAME, content)
 
 
 def score_replies(path: Path, settings: Settings, *, progress: Progress = silent) -> Evaluation:
@@ -595,60 +595,38 @@ def _enter(stack: ExitStack, source: str, settings: Settings, logs: Path) -> End
 
 @contextmanager
 def served(source: str, settings: Settings, logs: Path) -> Iterator[Endpoint]:
-    """The server behind a URL, or vLLM started on a checkpoint and stopped afterwards.
+    """The server behind a URL, or vLLM started on a checkpoint and ended afterwards.
 
     Raises:
-        EndpointError: it does not answer, or ended while it started; the end of its log is shown.
+        EndpointError: it does not answer, or ended while it started; its log says why.
     """
     if is_url(source):
         yield connect(source)
         return
     logs.mkdir(parents=True, exist_ok=True)
-    log, port = logs / "vllm.log", _free_port()
-    command = [settings.vllm, "serve", source, "--host", "127.0.0.1", "--port", str(port), *settings.serve_arguments]
-    with log.open("wb") as stream:
+    program = shutil.which(settings.vllm)
+    if program is None:
+        raise EndpointError(
+            f"{settings.vllm} cannot be started: there is no such program",
+            hint="pip install vllm, or name it: --vllm PROGRAM",
+        )
+    log, port = logs / "vllm.log", servers.free_port(servers.LOOPBACK, 0)
+    address = f"http://{servers.LOOPBACK}:{port}"
+    command = [program, "serve", source, "--host", servers.LOOPBACK, "--port", str(port), *settings.serve_arguments]
+    with servers.running(command, address=address, log=log) as server:
         try:
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
+            server.wait_until_healthy(within_s=servers.START_SECONDS, announce=lambda _: None)
+        except ServerError:
             raise EndpointError(
-                f"{settings.vllm} cannot be started: {error.strerror}",
-                hint="pip install vllm, or name it: --vllm PROGRAM",
+                f"the server of {source} did not start: {_said(log)}", hint=f"its log is {log}"
             ) from None
-        try:
-            yield _wait_for(process, f"http://127.0.0.1:{port}", source, log)
-        finally:
-            _stop(process)
+        yield connect(address)
 
 
-def _wait_for(process: subprocess.Popen[bytes], url: str, source: str, log: Path) -> Endpoint:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            said = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing")
-            raise EndpointError(
-                f"the server of {source} ended while it started: {said[-300:]}", hint=f"its log is {log}"
-            )
-        with suppress(EndpointError):
-            return connect(url)
-        time.sleep(1)
-    raise EndpointError(f"the server of {source} was not ready after {START_SECONDS:.0f} s", hint=f"its log is {log}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(60)
-    # Its workers are in its session.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, 9)
-    process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _said(log: Path) -> str:
+    """The last line of a log that tells of an error, else the last one."""
+    lines = servers.last_lines(log, 200).splitlines()
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1]).strip()[-300:]
 
 
 # --- running, by inspect

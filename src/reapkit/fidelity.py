@@ -29,7 +29,7 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.behaviour import Behaviour
 from reapkit.calibration import CalibrationBatch, CalibrationData, batches, load
-from reapkit.checkpoint import MANIFEST_NAME, Checkpoint
+from reapkit.checkpoint import FIDELITY_NAME, MANIFEST_NAME, Checkpoint
 from reapkit.errors import CheckpointError, DataError, UsageError, did_you_mean
 from reapkit.experts import RoutedObserver, RoutedPairs
 from reapkit.figures import Figure, ratio
@@ -47,8 +47,6 @@ from reapkit.outputs import save
 from reapkit.progress import Progress, silent
 
 FORMAT = "reapkit-fidelity-1"
-# Where a comparison is kept in an output folder.
-FIDELITY_NAME = "reapkit/fidelity.json"
 
 # Logits of one micro-batch of both models, in float32, are held at once: this bounds them at 2 x 1 GB.
 LOGITS_BYTES = 1 << 30

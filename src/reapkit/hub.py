@@ -425,6 +425,11 @@ def explained(name: str, *, revision: str | None = None) -> Iterator[None]:
             f"the hub cannot be reached ({type(error).__name__})",
             hint="check the network, HF_ENDPOINT and proxies; then " + RESUME,
         ) from None
+    except OSError as error:
+        raise HubError(
+            f"{name} cannot be had from the hub: {error.strerror or _plain(error)}",
+            hint="is there space in the hub's cache (HF_HOME), and may it be written to? then " + RESUME,
+        ) from None
 
 
 class UnreachableError(HubError):

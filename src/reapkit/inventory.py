@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reapkit import dialects
+from reapkit import dialects, hub
 from reapkit import geometry as geometries
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import (
@@ -51,6 +51,8 @@ PARTS = (
     "MTP",
 )
 _SCALE_SUFFIX = "_scale_inv"
+# A file of its own counts before the tokenizer's configuration.
+_TEMPLATE_NAMES = ("chat_template.jinja", "tokenizer_config.json")
 _DTYPE_CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -157,6 +159,7 @@ def inspect(
     """
     place = locate(source, revision=revision, sidecars=False, progress=progress)
     refuse_unfinished(place.path)
+    _bring_template(place)
     has_shards = _has_shards(place)
     known = _Known(Checkpoint.open(place)) if has_shards else _imagine(place, trust_remote_code=trust_remote_code)
     return _take_stock(known, ratios)
@@ -281,13 +284,20 @@ def _take_stock(known: _Known, ratios: Sequence[str]) -> Inventory:
     )
 
 
+def _bring_template(place: Place) -> None:
+    """Fetch the chat template of a repository, where how the model writes depends on it."""
+    if place.remote is None or not dialects.reads_template(str(read_config(place.path).get("model_type"))):
+        return
+    repository = place.remote.repository
+    if names := [name for name in _TEMPLATE_NAMES if name in repository.files]:
+        hub.snapshot(repository, names[:1])
+
+
 def _chat_template(path: Path) -> str | None:
-    """The text of the chat template, of its own file or in the tokenizer's configuration; None where there is none."""
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
+    """The text that holds the chat template; None where there is none."""
     # Whatever is wrong with it is the tokenizer's matter: this only looks for words.
-    file = path / "tokenizer_config.json"
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    files = [path / name for name in _TEMPLATE_NAMES if (path / name).is_file()]
+    return files[0].read_text(encoding="utf-8", errors="replace") if files else None
 
 
 def _tally(checkpoint: Checkpoint, layout: MoELayout, form: Format) -> _Tally:

@@ -12,13 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from reapkit import hub, shards
-from reapkit.checkpoint import MANIFEST_NAME
+from reapkit.checkpoint import CARD_NAME, MANIFEST_NAME
 from reapkit.errors import CheckpointError
 from reapkit.layout import Identity
 from reapkit.plans import PUBLISHED_PLANS, PUBLISHED_STATISTICS, Choice
 from reapkit.shards import LANDED, LOCK_NAME, OWN_FOLDER
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from reapkit import cards, criteria, plans
-from reapkit.cards import EVALUATION_NAME, FIDELITY_NAME, STATISTICS_NAME, read_result
-from reapkit.checkpoint import refuse_unfinished
+from reapkit.cards import read_result
+from reapkit.checkpoint import EVALUATION_NAME, FIDELITY_NAME, STATISTICS_NAME, refuse_unfinished
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
+from reapkit.evidence import jaccard
 from reapkit.inventory import Inventory, inspect
 from reapkit.outputs import save
-from reapkit.plans import num_kept
-from reapkit.shards import Manifest
+from reapkit.plans import PruningPlan, num_kept
+from reapkit.samples import RoutedSamples, beside
+from reapkit.shards import PLAN_NAME, Manifest
 from reapkit.statistics import NUM_FOLDS, Array, LayerStatistics, Statistics
 
 # What `report` promises. Plotly's own script takes two thirds of it; the rest holds 60 layers of 384 experts several times.
@@ -234,11 +236,14 @@ def _facts(evidence: Evidence) -> Iterator[tuple[str, str]]:
     yield "Family", f"{inventory.architecture} ({inventory.model_type}), router: {inventory.scoring}"
     share = 1 - after.num_experts / before.num_experts
     yield (
-        "Removed",
+        "Removed" if manifest.merging is None else "Merged away",
         f"{before.num_experts - after.num_experts} of {before.num_experts} experts per layer, {100 * share:.1f} %",
     )
     seed = f", seed {manifest.seed}" if manifest.seed is not None else ""
-    yield "Criterion", manifest.criterion + seed
+    if manifest.merging is not None:
+        yield "Merging", f"{manifest.merging.method}, router rows: {manifest.merging.router}"
+    else:
+        yield "Criterion", manifest.criterion + seed
     if before.parameters is not None and after.parameters is not None:
         yield (
             "Parameters",
@@ -266,24 +271,46 @@ def _commands(evidence: Evidence) -> Iterator[str]:
     # A snapshot of the hub's cache that was named by its folder has a revision too, which must not be repeated.
     origin, revision = manifest.source.origin, manifest.source.revision
     source = [origin, *(["--revision", revision] if revision and Path(origin).name != revision else [])]
-    random = manifest.criterion == criteria.RANDOM
-    if not random and statistics is not None and len(statistics.calibration) == 1:
+    without_text = manifest.criterion in (criteria.RANDOM, criteria.AIMER) and not manifest.calibration
+    path = beside(evidence.out / STATISTICS_NAME)
+    sample = RoutedSamples.open(path).header if path.is_file() else None
+    is_told = sample is not None or manifest.criterion != criteria.REROUTE
+    data: list[str] = []
+    if not without_text and is_told and statistics is not None and len(statistics.calibration) == 1:
         record = statistics.calibration[0]
-        data = [word for part in record.sources for word in ("--data", str(part["source"]))]
+        data += [word for part in record.sources for word in ("--data", str(part["source"]))]
         settings = [
             "--max-length",
             str(statistics.settings["max_length"]),
             "--dtype",
             str(statistics.settings["dtype"]),
         ]
+        if sample is not None:
+            settings += ["--reroute-tokens", str(sample.tokens), "--reroute-candidates", str(sample.candidates)]
         words = ["observe", *source, *data, *settings, "--seed", str(record.seed), "-o", "statistics.safetensors"]
         yield shlex.join(["reapkit", *words])
     seed = ["--seed", str(manifest.seed)] if manifest.seed is not None else []
-    basis = source if random and not manifest.calibration else ["statistics.safetensors"]
+    basis = source if without_text else ["statistics.safetensors"]
     keep = ["--keep", str(evidence.num_kept)]
-    yield shlex.join(["reapkit", "plan", *basis, "--criterion", manifest.criterion, *keep, *seed, "-o", "plan.json"])
+    named = ["--base-model", manifest.base_model] if manifest.base_model else []
+    if (merging := manifest.merging) is not None:
+        # Similarity was measured on text of its own, which is known where it is that of the statistics.
+        text = (
+            data
+            if statistics is not None and merging.digest in {part.digest for part in statistics.calibration}
+            else []
+        )
+        how = ["--method", merging.method, *keep, "--router", merging.router, *text, "--tokens", str(merging.tokens)]
+        yield shlex.join(["reapkit", "merge", *source, "statistics.safetensors", *how, "-o", evidence.out.name, *named])
+        return
+    path = evidence.out / PLAN_NAME
+    chosen = PruningPlan.load(path).options if path.is_file() else {}
+    how = [word for name, value in sorted(chosen.items()) for word in (f"--{name}", str(value))]
+    yield shlex.join(
+        ["reapkit", "plan", *basis, "--criterion", manifest.criterion, *how, *keep, *seed, "-o", "plan.json"]
+    )
     options = ["--dequantize"] if manifest.dequantized else []
-    options += ["--base-model", manifest.base_model] if manifest.base_model else []
+    options += named
     if manifest.drop_mtp:
         options += ["--mtp", "drop"]
     elif manifest.unmeasured:
@@ -360,8 +387,7 @@ def coverage(evidence: Evidence) -> dict[str, Any]:
     shares: dict[str, list[list[float]]] = {"routed": [], "saliency": [], "choice": []}
     tokens = []
     for domain in range(len(statistics.domains)):
-        rows = range(domain * NUM_FOLDS, (domain + 1) * NUM_FOLDS)
-        sums = {layer: subset(statistics.layers[layer], rows) for layer in evidence.layers}
+        sums = {layer: criteria.of_domain(statistics.layers[layer], domain) for layer in evidence.layers}
         own = _chosen(statistics, sums, evidence)
         tokens.append(int(sums[evidence.layers[0]].tokens_S.sum()))
         kept = evidence.manifest.kept
@@ -384,8 +410,7 @@ def stability(evidence: Evidence) -> dict[str, Any]:
     choices: dict[frozenset[int], dict[int, tuple[int, ...]]] = {}
     tokens: dict[frozenset[int], int] = {}
     for part in parts:
-        rows = [row for row in range(len(statistics.domains) * NUM_FOLDS) if row % NUM_FOLDS in part]
-        sums = {layer: subset(statistics.layers[layer], rows) for layer in evidence.layers}
+        sums = {layer: criteria.of_folds(statistics.layers[layer], sorted(part)) for layer in evidence.layers}
         choices[part] = _chosen(statistics, sums, evidence)
         tokens[part] = int(sums[evidence.layers[0]].tokens_S.sum())
 
@@ -457,18 +482,6 @@ def fidelity(measured: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": [row["tokens"] for _, row in rows],
         "by_layer": by_layer,
     }
-
-
-def subset(layer: LayerStatistics, rows: Sequence[int] | range) -> LayerStatistics:
-    """The sums of some rows, as if nothing else had been observed (but for the largest norms, which are kept of all)."""
-    at = list(rows)
-    names = ("tokens_S", "count_SE", "gate_SE", "norm_SE", "norm_sq_SE", "gated_norm_SE", "gated_norm_sq_SE")
-    return LayerStatistics(**{name: getattr(layer, name)[at] for name in names}, max_norm_E=layer.max_norm_E)
-
-
-def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Size of the intersection over that of the union."""
-    return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
 def jaccard_by_chance(num_experts: int, keep: int) -> float:

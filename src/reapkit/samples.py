@@ -24,7 +24,17 @@ from reapkit.elimination import RoutedSample
 from reapkit.errors import DataError, OutputError, ReapkitError
 from reapkit.layout import Identity
 from reapkit.selection import Rule
-from reapkit.tensors import TensorInfo, encode_header, read_header
+from reapkit.tensors import (
+    MAX_NUMBER,
+    TensorInfo,
+    as_count,
+    as_list,
+    as_table,
+    as_text,
+    encode_header,
+    parse_json,
+    read_header,
+)
 
 FORMAT = "reapkit-routed-sample-1"
 SUFFIX = ".safetensors"
@@ -183,13 +193,19 @@ class RoutedSamples:
             )
         try:
             infos, metadata = read_header(path)
-            described = json.loads(metadata[FORMAT])
-            rules = {int(index): Rule(**rule) for index, rule in described["rules"].items()}
+            described = parse_json(metadata[FORMAT], origin="its description")
+            rules = {int(index): Rule(**as_table(rule)) for index, rule in as_table(described["rules"]).items()}
             tokens, candidates = infos[f"layers.{min(rules)}.expert"].shape
             header = SampleHeader(
-                Identity.from_json(described["source"]), described["settings"], described["digest"], described["seed"],
-                tuple(described["domains"]), tokens, candidates, rules,
-            )  # fmt: skip
+                Identity.from_json(described["source"]),
+                as_table(described["settings"]),
+                as_text(described["digest"]),
+                as_count(described["seed"], least=-MAX_NUMBER),
+                tuple(map(as_text, as_list(described["domains"]))),
+                tokens,
+                candidates,
+                rules,
+            )
             if [(name, info.dtype, info.shape) for name, info in infos.items()] != header.tensors():
                 raise ValueError("its tensors are not those of its description")
         except (ReapkitError, OSError, KeyError, TypeError, ValueError) as error:

@@ -23,8 +23,17 @@ from threading import Event, Lock
 from typing import Any
 
 from reapkit import cards, edits, landing
-from reapkit.cards import CARD_NAME, Subject
-from reapkit.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, UNFINISHED_NAME, Checkpoint, read_small, walk
+from reapkit.cards import Subject
+from reapkit.checkpoint import (
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    UNFINISHED_NAME,
+    Checkpoint,
+    read_small,
+    walk,
+)
 from reapkit.clusters import Merging
 from reapkit.edits import Copy, Orders, OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, UnsupportedError, UsageError, redacted
@@ -267,7 +276,9 @@ def write(
     }
     described = replace(checkpoint, config=config, tensors=tensors)
     known = manifest.after.parameters is not None
-    files[CARD_NAME] = cards.compose(Subject(checkpoint, layout, plan, described, known, dequantize, base_model))
+    files[CARD_NAME] = cards.compose(
+        Subject(checkpoint, layout, plan, described, known, dequantize, base_model, merging)
+    )
     with explained(out, hint=RESUMED), _claimed(out, command, {*shards, *files, *copied, MANIFEST_NAME}):
         _write_shards(checkpoint, shards, out, progress or silent)
         for name, content in files.items():

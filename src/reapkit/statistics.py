@@ -210,8 +210,6 @@ class Statistics:
                     if values.shape != shape or values.dtype != np.float64:
                         raise ValueError(f"{name} of layer {index} is {values.dtype} {list(values.shape)}, "
                                          f"not float64 {list(shape)}")  # fmt: skip
-                if not np.isfinite(layer.tokens_S).all():
-                    raise ValueError(f"tokens_S of layer {index} is not finite")
         except (KeyError, TypeError, ValueError, IndexError, OSError, SafetensorError, CheckpointError) as error:
             raise DataError(f"{path} is damaged: {error}", hint="observe again") from None
         for index, layer in layers.items():

@@ -21,12 +21,13 @@ import numpy as np
 
 from reapkit import edits
 from reapkit.architectures import ARCHITECTURES
-from reapkit.cards import CARD_NAME
 from reapkit.checkpoint import (
+    CARD_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     Checkpoint,
+    exists,
     is_plain_file,
     read_config,
     read_index,
@@ -216,7 +217,7 @@ def _open_source(
     try:
         named = planned.origin if source is None else source
         # A repository has moved on since, and a folder has no revision.
-        revision = planned.revision if named == planned.origin and not Path(planned.origin).exists() else None
+        revision = planned.revision if named == planned.origin and not exists(Path(planned.origin)) else None
         checkpoint = (
             named if isinstance(named, Checkpoint) else Checkpoint.open(named, revision=revision, progress=progress)
         )
