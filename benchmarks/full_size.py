@@ -2,6 +2,7 @@
 
     python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
     python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
+    python benchmarks/full_size.py fetch FOLDER                          one layer from cached files to the GPU, by 1, 4 and 8 threads
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
     torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER [--tokens 6000000]     one run over N GPUs, timed between barriers
 
@@ -46,13 +47,15 @@ def main() -> int:
     step.add_argument("folder", type=Path)
     step.add_argument("--device-gb", type=float, default=24.0)
     step.add_argument("--samples", type=int, default=128)
+    step = steps.add_parser("fetch")
+    step.add_argument("folder", type=Path)
     step = steps.add_parser("ranks")
     step.add_argument("folder", type=Path)
     step.add_argument(
         "--tokens", type=int, help="drawn at random, in place of the text, so that no time goes into tokenising"
     )
     arguments = vars(parser.parse_args())
-    {"make": make, "chain": chain, "cap": cap, "ranks": ranks}[arguments.pop("step")](**arguments)
+    {"make": make, "chain": chain, "fetch": fetch, "cap": cap, "ranks": ranks}[arguments.pop("step")](**arguments)
     return 0
 
 
@@ -218,6 +221,28 @@ def disk_rate(folder: Path) -> float:
         while chunk := stream.read(16 << 20):
             total += len(chunk)
     return total / (time.perf_counter() - begun)
+
+
+# ---- one layer
+
+
+def fetch(folder: Path) -> None:
+    import torch
+
+    from reapkit import layout, modules
+    from reapkit.architectures import ARCHITECTURES
+    from reapkit.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    resolved = layout.resolve(checkpoint, ARCHITECTURES)
+    device = torch.device("cuda", 0)
+    model = modules.StreamedModel(checkpoint, resolved, device=device, dtype=torch.bfloat16)
+    model.fetch(1)  # fills the cache, and compiles
+    for readers in (1, 4, 8):
+        modules._READERS = readers
+        begun = time.perf_counter()
+        model.fetch(1)
+        print(f"{readers} threads: {time.perf_counter() - begun:.2f} s")
 
 
 # ---- under a cap
