@@ -243,10 +243,11 @@ def about(found: Results) -> str:
         f"{', '.join(f'{number} prompts of {name}' for name, number in prompts.items())}; run on {settings['device']}.\n"
     )
     if found.is_pilot:
-        text = (
-            f"**This is a pilot**: {seeds} instead of 3, {min(prompts.values())} prompts per domain instead of 64, "
-            f"{settings['documents'] or 'all'} documents of held-out text. Its order of methods may not hold.\n\n{text}"
-        )
+        fewest = min(prompts.values())
+        short = [f"{seeds} instead of 3"] if len(found.seeds) < 3 else []
+        short += [f"{fewest} prompts per domain instead of 64"] if fewest < 64 else []
+        short += [f"{settings['documents']} documents of held-out text instead of all"] if settings["documents"] else []
+        text = f"**This is a pilot**: {', '.join(short)}. Its order of methods may not hold.\n\n{text}"
     if found.not_run:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(found.not_run.items()))
         text += f"\nNot run: {reasons}\n"
