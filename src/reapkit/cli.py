@@ -26,7 +26,7 @@ from rich.table import Table
 
 from reapkit import __version__
 from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted
-from reapkit.interrupts import heard
+from reapkit.interrupts import heard, ignore_once_stopping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -1614,4 +1614,5 @@ def main() -> None:
     """The entry point."""
     # Read when torch is imported: layers and micro-batches of many sizes come and go, and this keeps gaps between them small.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    ignore_once_stopping()
     app(prog_name="reapkit")

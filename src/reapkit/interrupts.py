@@ -28,6 +28,7 @@ class Interrupted(KeyboardInterrupt):
 class _State:
     until: str | None = None
     signum: int | None = None
+    is_stopping: bool = False
 
 
 _state = _State()
@@ -55,7 +56,22 @@ def safe_point() -> None:
         Interrupted: it was.
     """
     if _state.signum is not None:
+        _state.is_stopping = True
         raise Interrupted(_state.signum)
+
+
+def ignore_once_stopping() -> None:
+    """For a whole program: a signal that comes when one has stopped it already does not change how it ends.
+
+    Threads that wrote when it was stopped take away what they had begun, and who presses Ctrl-C four times means no more than by two.
+    """
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        if not _state.is_stopping:
+            raise Interrupted(signum)
+
+    for number in SIGNALS:
+        signal.signal(number, hear)
 
 
 @contextmanager
@@ -64,11 +80,12 @@ def heard(announce: Callable[[str], None]) -> Iterator[None]:
 
     def hear(signum: int, frame: FrameType | None) -> None:
         if _state.until is None or _state.signum is not None:
+            _state.is_stopping = True
             raise Interrupted(signum)
         _state.signum = signum
         announce(_state.until)
 
-    _state.signum = None
+    _state.signum, _state.is_stopping = None, False
     if threading.current_thread() is not threading.main_thread():  # where the system delivers no signals
         yield
         return
