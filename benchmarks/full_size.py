@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from inventories import Tensor, minimax_m2
+from observe_memory import write_tokenizer
 from reapkit.tensors import encode_header
 
 LENGTH, WORDS = 2048, 200_064
@@ -102,24 +103,12 @@ def make(folder: Path, layers: int, tokens: int) -> None:
                 stream.write(values(name, dtype, shape).view(torch.uint8).cpu().numpy().data)
         weight_map |= {name: file for name, _, _ in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    write_tokenizer(folder)
+    write_tokenizer(folder, WORDS)
     words = random.Random(0)
     with (folder / "text.jsonl").open("w") as stream:
         for number in range(-(-tokens // LENGTH)):
             text = " ".join(str(words.randrange(2, WORDS)) for _ in range(LENGTH))
             stream.write(json.dumps({"text": text, "domain": f"d{number % 4}"}) + "\n")
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Every number from 2 on is a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<unk>": 0, "<eos>": 1, **{str(word): word for word in range(2, WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 
 # ---- from cold disk to verified output

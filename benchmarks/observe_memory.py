@@ -124,11 +124,11 @@ def make(folder: Path, num_layers: int) -> None:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Every number from 2 on is a word."""
+def write_tokenizer(folder: Path, words: int = WORDS) -> None:
+    """Every number from 2 to that of `words` is a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<unk>": 0, "<eos>": 1, **{str(word): word for word in range(2, WORDS)}}
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{str(word): word for word in range(2, words)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
