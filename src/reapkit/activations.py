@@ -96,7 +96,9 @@ class Spill:
             self._inward.wait_event(self._events[number])
             with torch.cuda.stream(self._inward):
                 for tensor, buffer in outside:
-                    _bytes(tensor).copy_(buffer, non_blocking=True)
+                    flat = _bytes(tensor)
+                    flat.copy_(buffer, non_blocking=True)
+                    flat.record_stream(self._inward)  # should it be dropped before it is here
             self._events[number] = self._inward.record_event()
         self._outside[number] = []
 
@@ -105,6 +107,10 @@ class Spill:
         self.bring_in(number)
         if number in self._events:
             torch.cuda.current_stream(self._device).wait_event(self._events[number])
+
+    def forget(self, number: int) -> None:
+        """Drop a micro-batch that will have no further turn."""
+        self._outside.pop(number, None)
 
     def close(self) -> None:
         """Free everything; what was taken out is lost."""

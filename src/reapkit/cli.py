@@ -1005,10 +1005,11 @@ def serve(
         raise UsageError(
             "--url names a running server, which only --check alone asks", hint="leave out --run, or give --check"
         )
+    run = _run(device, dtype, None, trust_remote_code)
     if check and not start:
-        address = url or f"http://{host or servers.LOOPBACK}:{port or servers.PORT}"
+        address = url or servers.listening(host, port).address
         source = model if reference else None
-        _check(address, source, device, dtype, trust_remote_code, as_json=as_json, quiet=quiet, described={})
+        _check(address, source, run, as_json=as_json, quiet=quiet, described={}, revision=revision)
         return
     deployment = serving.serve(
         model,
@@ -1051,7 +1052,7 @@ def serve(
         if check:
             source = model if reference else None
             described = deployment.to_json() | {"address": address, "start_seconds": round(server.seconds, 1)}
-            _check(address, source, device, dtype, trust_remote_code, as_json=as_json, quiet=quiet, described=described)
+            _check(address, source, run, as_json=as_json, quiet=quiet, described=described, revision=revision)
             return
         if as_json:
             _print_json(deployment.to_json() | {"address": address, "start_seconds": round(server.seconds, 1)})
@@ -1094,19 +1095,18 @@ def _print_deployment(deployment: Deployment, *, as_json: bool, quiet: bool) -> 
 def _check(
     address: str,
     source: str | None,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
+    run: Run,
     *,
     as_json: bool,
     quiet: bool,
     described: dict[str, Any],
+    revision: str | None,
 ) -> None:
     """Ask a server everything, print the answers, and exit with 3 where one is no."""
     from reapkit import probes
 
     with _progress(quiet) as progress:
-        answers = probes.check(address, source, run=_run(device, dtype, None, trust_remote_code), progress=progress)
+        answers = probes.check(address, source, run=run, revision=revision, progress=progress)
     no = probes.failed(answers)
     if as_json:
         _print_json(described | {"ok": not no, "checks": [answer.to_json() for answer in answers]})

@@ -11,7 +11,7 @@ from reapkit import hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import STATISTICS_NAME, Checkpoint
-from reapkit.criteria import AIMER, OF_SAMPLE
+from reapkit.criteria import AIMER, OF_SAMPLE, Blend
 from reapkit.elimination import check_weights
 from reapkit.errors import DataError
 from reapkit.landing import Transfer
@@ -281,9 +281,12 @@ def prepare(
         )
     from reapkit.observation import Observation, Run
 
+    plans.require_protection(target.protect)
     observation = Observation(
         checkpoint, data, run=run or Run(), max_length=max_length, seed=seed, reroute=target.reroute
     )
+    if target.blend is not None:
+        Blend.parse(target.blend, observation.data.domains)
     return observation, manifest
 
 

@@ -79,7 +79,7 @@ def merge(
     chosen, out = clusters.method_of(method, router), Path(out)
     observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
     checkpoint, layout, form = observation.checkpoint, observation.layout, read_format(observation.checkpoint)
-    if checkpoint.remote is not None:
+    if checkpoint.remote is not None and any(checkpoint.remote.local(file) is None for file in checkpoint.files):
         raise UnsupportedError(
             f"merging reads every expert of {checkpoint.origin} several times, so all of it must be here",
             hint=f"hf download {checkpoint.origin}, then give the folder",

@@ -18,7 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -876,14 +876,15 @@ class SuspendedForwards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for forward in self._forwards:
-            forward.cancel()
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        for hook in self._hooks:
-            hook.remove()
-        if self._spill is not None:
-            self._spill.close()
-        self._model.unload_everything()
+        with ExitStack() as stack:  # all of it, the last one first, whatever a forward raises while it unwinds
+            stack.callback(self._model.unload_everything)
+            if self._spill is not None:
+                stack.callback(self._spill.close)
+            for hook in self._hooks:
+                stack.callback(hook.remove)
+            stack.callback(self._loader.shutdown, wait=True, cancel_futures=True)
+            for forward in self._forwards:
+                stack.callback(forward.cancel)
 
     def run_layers(self, after_batch: Callable[[int, int], None], *, disk: Disk | None = None) -> None:
         """Run all micro-batches through all layers; `after_batch(layer, batch)` is called when a batch has left a layer."""
@@ -920,6 +921,8 @@ class SuspendedForwards:
                 self._step(number)
                 if index + 1 == len(model.layers) and not self._keep_outputs:
                     self._forwards[number].cancel()
+                    if self._spill is not None:
+                        self._spill.forget(number)
                 yield index, number
             model.unload(index)
         if self._runs_mtp:

@@ -559,11 +559,14 @@ def score_sampled(sample: RoutedSamples, blend: Blend | None, *, folds: tuple[in
 
 
 def _protected(statistics: Statistics, protect: str | None) -> dict[int, tuple[int, ...]]:
-    if protect is None:
-        return {}
-    if protect != "super":
+    require_protection(protect)
+    return {} if protect is None else criteria.super_experts(statistics.layers)
+
+
+def require_protection(protect: str | None) -> None:
+    """Raise UsageError for anything but `super` or nothing."""
+    if protect not in (None, "super"):
         raise UsageError(f"--protect {protect!r} is not known", hint="--protect super")
-    return criteria.super_experts(statistics.layers)
 
 
 def _raised(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:

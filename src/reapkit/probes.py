@@ -92,6 +92,7 @@ def check(
     source: str | Path | None = None,
     *,
     run: Run | None = None,
+    revision: str | None = None,
     progress: Progress = silent,
     tool: dict[str, Any] = TOOL,
     asked: str = ASKED_TOOL,
@@ -102,6 +103,7 @@ def check(
         address: like `http://127.0.0.1:8000`.
         source: the checkpoint's folder or hub id; None leaves out the reference.
         run: device, dtype and memory of the reference.
+        revision: of a hub id, the one that is served.
         progress: told how far the reference is.
         tool, asked: a tool to offer, and what a user says to have it called.
 
@@ -119,7 +121,12 @@ def check(
     if source is None:
         probes.append(Probe("greedy tokens", "skipped", "no checkpoint was given to compute a reference from"))
     else:
-        probes.append(_timed("greedy tokens", lambda: _greedy(client, source, run or Run(), progress)))
+        probes.append(
+            _timed(
+                "greedy tokens",
+                lambda: _greedy(client, Checkpoint.open(source, revision=revision), run or Run(), progress),
+            )
+        )
     return probes
 
 
@@ -248,8 +255,9 @@ def _long_prompt(client: _Client, limit: Any) -> tuple[Verdict, str, dict[str, A
 # --- the reference
 
 
-def _greedy(client: _Client, source: str | Path, run: Run, progress: Progress) -> tuple[Verdict, str, dict[str, Any]]:
-    checkpoint = Checkpoint.open(source)
+def _greedy(
+    client: _Client, checkpoint: Checkpoint, run: Run, progress: Progress
+) -> tuple[Verdict, str, dict[str, Any]]:
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=run.trust_remote_code)
     pairs = []
     for text in TEXTS:

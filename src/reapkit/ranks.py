@@ -80,17 +80,23 @@ class Ranks:
         import torch.distributed as dist
 
         try:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            with self._explained():
+                dist.init_process_group("gloo", timeout=_PATIENCE)
             yield
-        except RuntimeError as error:
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch's own class derives from it
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ResourceError(
                 f"rank {self.rank} of {self.count} lost the others: {reason}",
                 hint="start them again with the same command: each rank goes on after its last finished wave",
             ) from error
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
     def add(self, layers: Mapping[int, LayerStatistics]) -> dict[int, LayerStatistics]:
         """The sums of all ranks, which every rank gets; call inside `joined`."""
@@ -102,7 +108,8 @@ class Ranks:
         for index, layer in layers.items():
             arrays = {part.name: torch.from_numpy(getattr(layer, part.name).copy()) for part in fields(layer)}
             for name, tensor in arrays.items():
-                dist.all_reduce(tensor, dist.ReduceOp.MAX if name == "max_norm_E" else dist.ReduceOp.SUM)
+                with self._explained():
+                    dist.all_reduce(tensor, dist.ReduceOp.MAX if name == "max_norm_E" else dist.ReduceOp.SUM)
             totals[index] = LayerStatistics(**{name: tensor.numpy() for name, tensor in arrays.items()})
         return totals
 
@@ -111,4 +118,5 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with self._explained():
+                dist.barrier()

@@ -222,7 +222,7 @@ def route(
 
 
 class _Seen(threading.local):
-    """What the forward in this thread has passed on its way into the experts of a layer."""
+    """What the running forward has passed on its way into the experts of a layer; it is not suspended in between."""
 
     logits: Tensor | None = None
     stream: Tensor | None = None
@@ -327,7 +327,7 @@ class RerouteRecorder:
 
     def _record(self, number: int, pairs: RoutedPairs, is_real_N: Tensor, place_M: Tensor) -> None:
         logits, stream = _seen.logits, _seen.stream
-        _seen.logits = _seen.stream = None
+        _seen.logits = _seen.stream = _seen.begun = None
         num_tokens = len(is_real_N)
         if logits is None or stream is None or logits.numel() != num_tokens * self.rule.num_experts:
             raise _refused(self._model.layout, f"the router of layer {pairs.layer} does not show its logits")
@@ -346,7 +346,8 @@ class RerouteRecorder:
         done = self._done[pairs.layer][number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # What comes after the layer is seen when it ends; of an MTP layer it is not.
         done["turn"] = torch.ones_like(done["stream_sq"])
-        _seen.begun = (done, stream_ND[place_M], place_M)
+        if pairs.layer < self._model.layout.num_layers:
+            _seen.begun = (done, stream_ND[place_M], place_M)
 
     def _count_wrong(
         self, pairs: RoutedPairs, logits_NE: Tensor, bias_E: Tensor | None, scale_E: Tensor | None, is_real_N: Tensor

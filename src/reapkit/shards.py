@@ -64,6 +64,8 @@ PLAN_NAME = f"{OWN_FOLDER}/plan.json"
 LANDED = f"{OWN_FOLDER}/landed"
 LOCK_NAME = f"{OWN_FOLDER}/lock"
 RESUMED = "once that is cured, repeat the command: it goes on where it stopped"
+# Of all files that are written at once one computes: a tensor of all experts is as large as a layer.
+_computing = Lock()
 # More files at once copy faster from a cache or an SSD; a disk that turns would rather have fewer.
 _FILES_AT_ONCE = 4
 # transformers and vLLM both expect this entry in every shard.
@@ -268,7 +270,7 @@ def write(
         written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         _require_space(checkpoint, out, manifest.after.bytes - written)
         return manifest
-    command = _identity(checkpoint, manifest)
+    command = json.loads(json.dumps(_identity(checkpoint, manifest)))  # as it is read back
     tensors = {
         tensor.name: TensorInfo(tensor.name, tensor.dtype, tensor.shape, file, 0, tensor.nbytes)
         for file, held in shards.items()
@@ -536,7 +538,9 @@ def _pieces(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> Iterator
         if isinstance(source, Copy) or (isinstance(source, Take) and source.num_blocks == 1):
             yield from edits.spans(source)
         else:
-            yield edits.compute(checkpoint, source)
+            with _computing:
+                computed = edits.compute(checkpoint, source)
+            yield computed
 
 
 def _joined(pieces: Iterable[tuple[int, int] | memoryview]) -> Iterator[tuple[int, int] | memoryview]:
