@@ -209,6 +209,7 @@ def test_a_limit_of_a_real_control_group_is_seen_before_it_kills(limited: Path, 
 
 
 def hold_address_space(extra: int) -> None:
+    torch.set_num_threads(1)  # OpenMP itself ends a process that it cannot start a thread in
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -220,11 +221,9 @@ def test_address_space_that_runs_out_during_the_run_is_one_sentence_and_the_comm
     """A limit that nobody can see beforehand (`ulimit -v`)."""
     out = tmp_path / "s.safetensors"
     words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
-    ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 250_000_000))
+    ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 150_000_000))
     assert ended.code == 1 and "Traceback" not in ended.said, ended
-    assert len(re.findall("^error: the (memory of cpu ran out|system gives no more threads)", ended.said, re.M)) == 1, (
-        ended
-    )
+    assert len(re.findall("^error: the memory of cpu ran out", ended.said, re.M)) == 1, ended
     assert "--activation-budget" in ended.said
     assert not list(tmp_path.glob("s.safetensors*"))
     assert disturbances.run(words, tmp_path / "said").code == 0
