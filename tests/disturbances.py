@@ -36,6 +36,8 @@ MODEL = Path(__file__).parents[1] / "models/m2-nano"
 KINDS = {"count": 1, "kill": 2, "tear": 3, "fail once": 4, "fail on": 5, "signal": 6, "signal on": 7}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 CONTEXT = multiprocessing.get_context("forkserver")
+# Servers that were started with the library; a process has one server at a time.
+_OURS: set[int | None] = set()
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, and Linux")
 REPORTS = Path(__file__).parents[1] / "out/torture"
 
@@ -108,8 +110,11 @@ def calls(words: Sequence[str], said: Path, below: Path, *, reads: bool = False)
 
 
 def _ensure_server() -> None:
-    if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
-        return
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        if server._forkserver_pid in _OURS:
+            return
+        server._stop()  # another test's, without the library
     if shutil.which("cc") is not None:
         library = Path(tempfile.mkdtemp(prefix="reapkit-")) / "disturbances.so"
         source = Path(__file__).with_suffix(".c")
@@ -126,6 +131,7 @@ def _ensure_server() -> None:
             ]
         )
         forkserver.ensure_running()
+        _OURS.add(server._forkserver_pid)
     finally:
         os.environ.pop("LD_PRELOAD", None)
 
