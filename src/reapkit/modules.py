@@ -780,7 +780,7 @@ class _Forward:
         self._layer = layer
         if is_spillable(hidden) and not any(hidden is tensor for tensor in self.held()):
             self._seen.append(weakref.ref(hidden))
-        hidden = None
+        hidden = None  # else this frame would keep it
         self._greenlet.parent.switch()
 
     def step(self) -> None:
