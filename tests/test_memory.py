@@ -223,7 +223,8 @@ def test_address_space_that_runs_out_during_the_run_is_one_sentence_and_the_comm
     words = ["observe", str(MODEL), "--data", str(data), "--device", "cpu", "-o", str(out)]
     ended = disturbances.run(words, tmp_path / "said", prepare=partial(hold_address_space, 150_000_000))
     assert ended.code == 1 and "Traceback" not in ended.said, ended
-    assert len(re.findall("^error: the memory of cpu ran out", ended.said, re.M)) == 1, ended
+    # Which of the two comes first is the system's to say: a thread's stack and heap take address space as well.
+    assert len(re.findall("^error: (?:the memory of cpu ran out|no more threads can be)", ended.said, re.M)) == 1, ended
     assert "--activation-budget" in ended.said
     assert not list(tmp_path.glob("s.safetensors*"))
     assert disturbances.run(words, tmp_path / "said").code == 0

@@ -6,6 +6,7 @@ totals, so the number of waves does not change what is measured.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -348,15 +349,13 @@ class Observation:
         """Say what was held where memory runs out all the same: others may take it during the run."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            # torch's own class for the device, and a plain RuntimeError for main memory.
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
-                error
-            ):
+        except (RuntimeError, MemoryError, OSError) as error:
+            spent = _spent(error, str(self.model.device))
+            if spent is None:
                 raise
             held = self.held_bytes
             raise ResourceError(
-                f"the memory of {self.model.device} ran out: observing was to take {_parts(self.memory())}",
+                f"{spent}: observing was to take {_parts(self.memory())}",
                 hint=f"repeat the command with --activation-budget {max(held // 2_000_000, 1)}MB: it goes on where it stopped",
             ) from error
 
@@ -670,6 +669,17 @@ def observe(
         source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision, reroute=reroute
     )
     return observation.run(progress=progress, sample=sample)
+
+
+def _spent(error: Exception, device: str) -> str | None:
+    """What ran out, if it was memory or room for a thread, which takes address space too."""
+    if "can't start new thread" in str(error):
+        return "no more threads can be started, for want of memory or by the limit of processes (ulimit -u)"
+    if isinstance(error, OSError):
+        spent = error.errno == errno.ENOMEM
+    else:  # torch's own class for a device, a plain RuntimeError of torch's for main memory
+        spent = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return f"the memory of {device} ran out" if spent else None
 
 
 def _parts(memory: Mapping[str, int]) -> str:
