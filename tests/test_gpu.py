@@ -192,7 +192,9 @@ def test_sums_are_the_same_to_the_bit_when_activations_are_kept_on_the_host_and_
 def test_peak_memory_on_the_device_is_what_the_dry_run_says(place: str) -> None:
     run = Run(device="cuda", dtype="float32", activation_budget=64 << 20, place=place)
     observation = Observation(M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=run, max_length=2048, seed=0)
-    expected = observation.estimate().device_bytes
+    memory = observation.memory()
+    # torch counts its own tensors alone, not what its libraries take nor what lies unused between them.
+    expected = sum(memory.values()) - memory["workspaces"]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
