@@ -237,7 +237,7 @@ def combine(
 
 @triton.jit
 def _add_pairs_kernel(
-    norm, gate, token, row, end, sums, largest, first_bad, before, num_rows, num_experts, stride, BLOCK: tl.constexpr
+    norm, gate, token, row, end, sums, largest, first_bad, before, num_experts, stride, BLOCK: tl.constexpr
 ):
     expert = tl.program_id(0)
     own_row = tl.program_id(1)
@@ -309,7 +309,7 @@ def add_pairs(
     num_experts = sums_QSE.shape[-1]
     end_E = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True).int()
     _add_pairs_kernel[(num_experts, num_rows)](
-        norm_P, gate_P, token_P, row_N, end_E, sums_QSE, max_SE, first_bad, number * num_experts, num_rows, num_experts,
+        norm_P, gate_P, token_P, row_N, end_E, sums_QSE, max_SE, first_bad, number * num_experts, num_experts,
         sums_QSE.stride(0),
         BLOCK=_PAIRS, num_warps=4,
     )  # fmt: skip
