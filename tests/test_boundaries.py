@@ -211,6 +211,41 @@ def test_a_real_disk_that_is_full_or_read_only_loses_nothing(
     assert contents(out) == case.expected
 
 
+@pytest.mark.parametrize("verb", ["inspect", "observe", "prune", "verify"])
+def test_a_disk_that_no_longer_gives_the_checkpoint_is_one_sentence_and_names_the_shard(
+    cases: dict[str, Case], tmp_path: Path, verb: str
+) -> None:
+    source, out, said = tmp_path / "source", tmp_path / "out", tmp_path / "said"
+    shutil.copytree(MODEL, source, ignore=shutil.ignore_patterns("data"))
+    plan = next(Path(word) for word in cases["prune"].words if word.endswith("p.json"))
+    if verb == "verify":
+        assert disturbances.run(["prune", str(source), str(plan), "-o", str(out)], said).code == 0
+    words = {
+        "inspect": ["inspect", str(source)],
+        "observe": [word.replace(str(MODEL), str(source)) for word in cases["observe"].command(out)],
+        "prune": ["prune", str(source), str(plan), "-o", str(out)],
+        "verify": ["verify", str(out), "--source", str(source)],
+    }[verb]
+    reads = disturbances.calls(words, said, source, reads=True)
+    if verb != "verify":
+        shutil.rmtree(out, ignore_errors=True)
+    last = {path: number for number, (_, path) in enumerate(reads, 1)}
+    places = range(1, len(reads) + 1) if ALL else sorted(last.values())
+    for number in places:
+        call, path = reads[number - 1]
+        ended = disturbances.run(words, said, Disturbance("fail on", source, number, errno.EIO, reads=True))
+        print(f"{verb}: {call} {path} at {number}: {ended}")  # shown on a failure
+        if ended.code == 0:
+            assert path == "/README.md", "the card does without what the source says of itself"
+        else:
+            require_one_sentence(ended, errno.EIO)
+            # transformers, which reads config and tokenizer again, does not say which file it was.
+            assert Path(path).name in ended.said or "safetensors" not in path
+        if verb in ("observe", "prune"):
+            shutil.rmtree(out, ignore_errors=True)
+    disturbances.record(f"unreadable {verb}", {"test": "reads refused", "refused": len(places)})
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("verb", ["observe", "plan", "prune", "compress"])
 def test_a_disk_that_refuses_any_call_is_one_sentence_and_loses_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -50,6 +51,16 @@ def statistics(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_what_the_system_refuses_a_library_is_one_sentence_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "vocab.bin")
+
+    monkeypatch.setattr("reapkit.inventory.inspect", refuse)
+    result = run("inspect", model)
+    assert result.exit_code == 1 and result.stderr == "error: vocab.bin: Input/output error\n"
+    assert "Traceback" in run("inspect", model, "--verbose").stderr
 
 
 def answer(*arguments: str | Path) -> Any:

@@ -33,7 +33,7 @@ from reapkit.layout import MoELayout
 from reapkit.outputs import explained, write_file
 from reapkit.plans import PruningPlan
 from reapkit.statistics import CalibrationRecord, Statistics
-from reapkit.tensors import parse_json
+from reapkit.tensors import parse_json, reading
 
 BEGIN, END = "<!-- reapkit: results -->", "<!-- reapkit: end of results -->"
 REAP_TITLE = "REAP (Router-weighted Expert Activation Pruning)"
@@ -145,7 +145,8 @@ def refresh(out: Path) -> bool:
     path = out / CARD_NAME
     if not path.is_file():
         raise CheckpointError(f"{out} has no {CARD_NAME}", hint="give the folder that reapkit prune wrote")
-    text = path.read_bytes().decode(errors="surrogateescape")
+    with reading(CARD_NAME):
+        text = path.read_bytes().decode(errors="surrogateescape")
     parts = re.split(f"({re.escape(BEGIN)}.*?{re.escape(END)})", text, flags=re.DOTALL)
     if len(parts) != 3:
         raise CheckpointError(
@@ -178,7 +179,10 @@ def read_result(path: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: not JSON.
     """
-    return parse_json(path.read_bytes(), origin=path.name) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(path.name):
+        return parse_json(path.read_bytes(), origin=path.name)
 
 
 def deployment(subject: Subject) -> str | None:

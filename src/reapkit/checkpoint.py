@@ -20,7 +20,16 @@ from reapkit import hub
 from reapkit.errors import CheckpointError, UnsupportedError, UsageError
 from reapkit.progress import Progress, silent
 from reapkit.sources import Disk, Folder, Remote, Source
-from reapkit.tensors import MAX_HEADER_BYTES, MAX_JSON_BYTES, TensorInfo, brief, parse_header, parse_json, read_header
+from reapkit.tensors import (
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    TensorInfo,
+    brief,
+    parse_header,
+    parse_json,
+    read_header,
+    reading,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -429,12 +438,10 @@ def read_small(path: Path, name: str) -> bytes:
         )
     if not full.is_file() or not is_inside(full, path):
         raise CheckpointError(f"{name} is not a plain file of {path}")
-    try:
+    with reading(name):
         if (size := full.stat().st_size) > MAX_JSON_BYTES:
             raise CheckpointError(f"{name} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
         return full.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _sidecars(path: Path) -> tuple[str, ...]:

@@ -151,9 +151,13 @@ def _verb(function: Function) -> Function:
         try:
             with heard(_announce_stop):
                 function(*args, **kwargs)
-        except ReapkitError as error:
+        except BrokenPipeError:
+            raise  # whoever reads what is printed has read enough
+        except (ReapkitError, OSError) as error:
             if kwargs.get("verbose"):
                 _note("\n".join(map(_escape, traceback.format_exc().splitlines())))
+            if not isinstance(error, ReapkitError):  # a library's own, of a file that it reads
+                error = ReapkitError(f"{error.filename or 'a file'}: {error.strerror or error}")
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interruption:

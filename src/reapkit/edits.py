@@ -518,7 +518,7 @@ def config_text(checkpoint: Checkpoint, edited: Mapping[str, Any]) -> bytes:
 
     Where more than counts changed, it is written anew with the keys in their order.
     """
-    text = (checkpoint.path / CONFIG_NAME).read_bytes()
+    text = read_small(checkpoint.path, CONFIG_NAME)
     for key, before, after in set(_changed_counts(checkpoint.config, edited)):
         text = re.sub(rb'("%s"\s*:\s*)%d\b' % (key.encode(), before), rb"\g<1>%d" % after, text)
     try:

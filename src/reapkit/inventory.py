@@ -36,7 +36,7 @@ from reapkit.layout import Architecture, MoELayout, find, resolve
 from reapkit.plans import num_kept
 from reapkit.progress import Progress, silent
 from reapkit.quantization import ASSUMED_BITS, HINT, Format, quantization_table, read_format
-from reapkit.tensors import TensorInfo, nbytes, parse_json
+from reapkit.tensors import TensorInfo, nbytes, parse_json, reading
 
 RATIOS = ("0.25", "0.30", "0.40", "0.50")
 
@@ -296,8 +296,11 @@ def _bring_template(place: Place) -> None:
 def _chat_template(path: Path) -> str | None:
     """The text that holds the chat template; None where there is none."""
     # Whatever is wrong with it is the tokenizer's matter: this only looks for words.
-    files = [path / name for name in _TEMPLATE_NAMES if (path / name).is_file()]
-    return files[0].read_text(encoding="utf-8", errors="replace") if files else None
+    name = next((name for name in _TEMPLATE_NAMES if (path / name).is_file()), None)
+    if name is None:
+        return None
+    with reading(name):
+        return (path / name).read_text(encoding="utf-8", errors="replace")
 
 
 def _tally(checkpoint: Checkpoint, layout: MoELayout, form: Format) -> _Tally:

@@ -28,6 +28,7 @@ from reapkit.errors import CheckpointError, UnsupportedError
 from reapkit.formats import decode
 from reapkit.layout import MoELayer, MoELayout, StackedTensor
 from reapkit.quantization import Format
+from reapkit.tensors import reading
 
 ORDERS_NAME = "reapkit/alignment.safetensors"
 
@@ -294,7 +295,9 @@ def read_orders(out: Path, merging: Merging, num_experts: int) -> dict[int, np.n
     path = out / ORDERS_NAME
     if not path.is_file():
         raise CheckpointError(f"{out} has no {ORDERS_NAME}, by which its experts were merged", hint="merge again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != merging.alignment:
+    with reading(ORDERS_NAME):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != merging.alignment:
         raise CheckpointError(f"{ORDERS_NAME} in {out} has changed since the experts were merged", hint="merge again")
     try:
         orders = {int(name.split(".")[1]): order_EI for name, order_EI in load_file(path).items()}

@@ -14,13 +14,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import IO, Any
 
 from reapkit import cards, edits, landing
 from reapkit.cards import Subject
@@ -56,6 +56,7 @@ from reapkit.tensors import (
     encode_header,
     parse_json,
     read_layers,
+    reading,
 )
 
 FORMAT = "reapkit-manifest-1"
@@ -520,7 +521,10 @@ def _write_shard(
     if landing.comes_from_the_hub(checkpoint, tensors):
         landing.land(checkpoint, header, tensors, path, path.parent / LANDED / f"{path.name}.jsonl", advance)
         return
-    with (checkpoint.path / source_file).open("rb", buffering=0) as source, appearing(path) as target:
+    with ExitStack() as stack:
+        with reading(source_file):
+            source = stack.enter_context((checkpoint.path / source_file).open("rb", buffering=0))
+        target = stack.enter_context(appearing(path))
         write_all(target, header)
         advance(len(header))
         for piece in _joined(_pieces(checkpoint, tensors)):
@@ -577,7 +581,8 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
             advance(count)
     source.seek(start)
     while start < stop:
-        chunk = source.read(min(stop - start, _CHUNK_BYTES))
+        with reading(file):
+            chunk = source.read(min(stop - start, _CHUNK_BYTES))
         if not chunk:
             raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
         write_all(target, chunk)
@@ -587,6 +592,14 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
 
 def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-    with (checkpoint.path / name).open("rb") as source, appearing(out / name) as target:
-        while chunk := source.read(_CHUNK_BYTES):
+    with ExitStack() as stack:
+        with reading(name):
+            source = stack.enter_context((checkpoint.path / name).open("rb"))
+        target = stack.enter_context(appearing(out / name))
+        while chunk := _read(source, name):
             write_all(target, chunk)
+
+
+def _read(source: IO[bytes], file: str) -> bytes:
+    with reading(file):
+        return source.read(_CHUNK_BYTES)

@@ -23,6 +23,7 @@ from reapkit.errors import CheckpointError, UsageError
 from reapkit.hub import Ranges, Repository
 from reapkit.outputs import PARTIAL, explained, write_all
 from reapkit.progress import Progress, silent
+from reapkit.tensors import reading
 
 # Requests at once. One connection to a storage gives some 50 to 100 MB/s; eight fill most lines, and the hub's limits are far off.
 NUM_CONNECTIONS = 8
@@ -104,18 +105,15 @@ def read_file(path: Path, start: int, view: memoryview, *, file: str, inside: st
     Raises:
         CheckpointError: it ends early, or cannot be read.
     """
-    try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(start)
-            filled = 0
-            while filled < len(view):
-                count = stream.readinto(view[filled:])
-                if not count:
-                    where = f"inside {inside!r}" if inside else f"at byte {start + filled:,}"
-                    raise CheckpointError(f"{file} ends {where}", hint="fetch the shard again")
-                filled += count
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    with reading(file), path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        filled = 0
+        while filled < len(view):
+            count = stream.readinto(view[filled:])
+            if not count:
+                where = f"inside {inside!r}" if inside else f"at byte {start + filled:,}"
+                raise CheckpointError(f"{file} ends {where}", hint="fetch the shard again")
+            filled += count
 
 
 class Remote:

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,15 @@ def brief(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Turn an OSError into a `CheckpointError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
 def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Read one shard's header: tensors in order of their bytes, and the file's metadata.
 
@@ -180,7 +190,7 @@ def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, Tenso
         CheckpointError: the header is longer than the file, or lies about offsets, dtypes or shapes.
     """
     file = path.name if file is None else file
-    try:
+    with reading(file):
         size = path.stat().st_size
         with path.open("rb") as stream:
 
@@ -189,8 +199,6 @@ def read_header(path: Path, *, file: str | None = None) -> tuple[dict[str, Tenso
                 return stream.read(stop - start)
 
             return parse_header(read, size=size, file=file)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def parse_header(

@@ -45,7 +45,7 @@ from reapkit.progress import Progress, silent
 from reapkit.quantization import Format, read_format
 from reapkit.shards import LANDED, Manifest
 from reapkit.sources import Range
-from reapkit.tensors import TensorInfo, parse_json, read_header
+from reapkit.tensors import TensorInfo, parse_json, read_header, reading
 
 if TYPE_CHECKING:
     from reapkit.neurons import Place
@@ -435,7 +435,7 @@ class _Output:
             if not is_plain_file(path, self.path):
                 self.problems.append(f"{name} is missing")
             elif name in edited:
-                if path.read_bytes() != edited[name]:
+                if read_small(self.path, name) != edited[name]:
                     self.problems.append(f"{name} does not follow from the source's")
             elif not _same_bytes(path, checkpoint.path / name):
                 self.problems.append(f"{name} differs from the source's")
@@ -460,7 +460,7 @@ class _Output:
                 mine = {key: expected[key] for key in self.headers[name] if key in expected}
                 self.problems.extend(received.misplaced(self.headers[name], mine))
                 compared = {key: item for key, item in mine.items() if _segments(item) is None}
-            with _expected_soon(checkpoint, self.headers.get(name, {}), compared):
+            with reading(name), _expected_soon(checkpoint, self.headers.get(name, {}), compared):
                 for chunk in self._compared(name, compared, checkpoint):
                     digest.update(chunk)
                     if received is not None:
@@ -720,7 +720,8 @@ def _differences(found: Any, expected: Any, where: str) -> Iterator[str]:
 
 
 def _same_bytes(path: Path, other: Path) -> bool:
-    if path.stat().st_size != other.stat().st_size:
-        return False
-    with path.open("rb") as first, other.open("rb") as second:
-        return all(piece == second.read(len(piece)) for piece in _pieces(first, None))
+    with reading(path.name):
+        if path.stat().st_size != other.stat().st_size:
+            return False
+        with path.open("rb") as first, other.open("rb") as second:
+            return all(piece == second.read(len(piece)) for piece in _pieces(first, None))
