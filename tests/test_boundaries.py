@@ -20,7 +20,7 @@ import pytest
 
 import disturbances
 from disturbances import ERRORS, MODEL, NEEDS_COMPILER, Disturbance, Ended, contents
-from reapkit import shards, verify
+from reapkit import outputs, shards, verify
 from reapkit.checkpoint import UNFINISHED_NAME
 from reapkit.outputs import PARTIAL
 
@@ -156,6 +156,8 @@ def test_at_every_call_the_disk_holds_what_a_power_cut_must_not_take(cases: dict
         elif call == "fsync":
             unsynced.discard(path)
             unnamed = {name: where for name, where in unnamed.items() if where != path}
+        elif call == "mkdir" and path:  # the output's own folder: the test below
+            unnamed[path] = folder
         elif call == "rename":
             assert path + PARTIAL not in unsynced
             unnamed[path] = folder
@@ -167,6 +169,19 @@ def test_at_every_call_the_disk_holds_what_a_power_cut_must_not_take(cases: dict
             unnamed["the marker's removal"] = folder
     assert finished == len({*renamed}) and renamed[finished:] == [manifest], "verifying adds the digests"
     assert not unsynced and not unnamed
+
+
+def test_folders_that_are_made_are_on_the_disk_with_those_above_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        outputs.os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink()))
+    )
+    outputs.make_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir() and synced == [str(tmp_path), str(tmp_path / "a")]
+    outputs.make_folder(tmp_path / "a/b")
+    assert len(synced) == 2, "it was there"
 
 
 @pytest.fixture

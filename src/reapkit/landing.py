@@ -22,7 +22,7 @@ from reapkit.edits import Combine, Copy, Dequantize, OutputTensor, Take
 from reapkit.errors import HubError
 from reapkit.hub import RESUME
 from reapkit.interrupts import deferred, safe_point
-from reapkit.outputs import PARTIAL, discard, sync_folder, write_file
+from reapkit.outputs import PARTIAL, discard, make_folder, sync_folder, write_file
 from reapkit.sources import NUM_CONNECTIONS, Remote, cut, joined
 from reapkit.tensors import TensorInfo
 
@@ -376,7 +376,7 @@ def _landed(log: Path, about: Mapping[str, object]) -> dict[str, str]:
 
 
 def _save_log(log: Path, about: Mapping[str, object], landed: Mapping[str, str]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     lines = [json.dumps(about), *(json.dumps(entry) for entry in landed.items())]
     write_file(log, ("\n".join(lines) + "\n").encode())
 

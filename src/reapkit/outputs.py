@@ -35,7 +35,7 @@ def require_target(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"the output {path} is a folder", hint=f"name a file in it: {path / 'NAME'}")
     with explained(path, hint="give another place with -o"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(None, "its folder cannot be written to")
 
@@ -102,6 +102,14 @@ def write_all(target: FileIO, content: bytes | memoryview) -> None:
         view = view[target.write(view) :]
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut takes none of them once files in it are said to last."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync_folder(place.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut, where folders can be synced at all."""
     try:
@@ -124,7 +132,7 @@ def alone(target: Path, lock: Path) -> Iterator[None]:
         OutputError: another run holds the lock; the message says which.
     """
     with explained(target, hint="give another place with -o"):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.parent)
         stream = _acquired(target, lock)
         try:
             stream.truncate(0)

@@ -40,7 +40,7 @@ from reapkit.errors import CheckpointError, OutputError, UnsupportedError, Usage
 from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.landing import Transfer
 from reapkit.layout import Identity, MoELayout
-from reapkit.outputs import PARTIAL, alone, appearing, explained, sync_folder, write_all, write_file
+from reapkit.outputs import PARTIAL, alone, appearing, explained, make_folder, sync_folder, write_all, write_file
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
@@ -591,7 +591,7 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
 
 
 def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    make_folder((out / name).parent)
     with ExitStack() as stack:
         with reading(name):
             source = stack.enter_context((checkpoint.path / name).open("rb"))
