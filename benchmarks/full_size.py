@@ -2,6 +2,7 @@
 
     python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
     python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
+    python benchmarks/full_size.py prune FOLDER OUT [--rounds 3]         `prune` against `cp` of its output, in turn, caches dropped; no GPU
     python benchmarks/full_size.py fetch FOLDER                          one layer from cached files to the GPU, by 1, 4 and 8 threads
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
     torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER [--tokens 6000000]     one run over N GPUs, timed between barriers
@@ -44,6 +45,11 @@ def main() -> int:
     step.add_argument("folder", type=Path)
     step.add_argument("out", type=Path)
     step.add_argument("--json", type=Path, dest="report", metavar="FILE")
+    step = steps.add_parser("prune")
+    step.add_argument("folder", type=Path)
+    step.add_argument("out", type=Path)
+    step.add_argument("--rounds", type=int, default=3)
+    step.add_argument("--json", type=Path, dest="report", metavar="FILE")
     step = steps.add_parser("cap")
     step.add_argument("folder", type=Path)
     step.add_argument("--device-gb", type=float, default=24.0)
@@ -56,7 +62,9 @@ def main() -> int:
         "--tokens", type=int, help="drawn at random, in place of the text, so that no time goes into tokenising"
     )
     arguments = vars(parser.parse_args())
-    {"make": make, "chain": chain, "fetch": fetch, "cap": cap, "ranks": ranks}[arguments.pop("step")](**arguments)
+    {"make": make, "chain": chain, "prune": prune, "fetch": fetch, "cap": cap, "ranks": ranks}[arguments.pop("step")](
+        **arguments
+    )
     return 0
 
 
@@ -79,15 +87,16 @@ def make(folder: Path, layers: int, tokens: int) -> None:
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator("cuda").manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def values(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
         if name.endswith("norm.weight"):
-            result = torch.ones(shape, device="cuda")
+            result = torch.ones(shape, device=device)
         elif name.endswith("_scale_inv"):  # with weights of unit variance: that of a linear layer's inputs stays
-            result = torch.full(shape, (shape[1] * 128) ** -0.5, device="cuda")
+            result = torch.full(shape, (shape[1] * 128) ** -0.5, device=device)
         else:
-            result = torch.randn(shape, device="cuda", generator=generator)
+            result = torch.randn(shape, device=device, generator=generator)
             if dtype != "F8_E4M3":
                 result *= 0.01 if name.endswith("bias") else shape[-1] ** -0.5
         return result.to({"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}[dtype])
@@ -159,6 +168,30 @@ def chain(folder: Path, out: Path, report: Path | None) -> None:
     minutes = {name: round(seconds / 60, 1) for name, seconds in parts.items()}
     print(
         f"for {FULL_LAYERS} layers and {FULL_TOKENS:,} tokens: {minutes}, together {sum(parts.values()) / 60:.1f} minutes"
+    )
+    if report is not None:
+        report.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def prune(folder: Path, out: Path, rounds: int, report: Path | None) -> None:
+    """Which experts go does not matter to the disk: a plan at random, which needs no statistics."""
+    plan = out.with_name(f"{out.name}.json")
+    timed("plan", folder, "--criterion", "random", "--ratio", "0.30", "-o", plan, "-q")
+    pruned, copies, peak = [], [], 0.0
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        drop_caches()
+        taken = timed("prune", folder, plan, "-o", out, "-q")
+        pruned.append(taken["seconds"])
+        peak = max(peak, taken["peak_bytes"])
+        copies.append(copied(out)["seconds"])
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    ratios = [mine / theirs for mine, theirs in zip(pruned, copies, strict=True)]
+    figures = {"written_bytes": written, "cold": drop_caches(), "prune": pruned, "cp": copies, "peak_bytes": peak}
+    print(
+        f"{written / 1e9:.1f} GB: prune {', '.join(f'{seconds:.1f}' for seconds in pruned)} s, "
+        f"cp and sync {', '.join(f'{seconds:.1f}' for seconds in copies)} s: {min(ratios):.2f} to {max(ratios):.2f} times; "
+        f"{peak / 1e6:.0f} MB of memory"
     )
     if report is not None:
         report.write_text(json.dumps(figures, indent=2) + "\n")

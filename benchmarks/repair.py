@@ -1,6 +1,6 @@
 """Does a repair without training earn its place? Two closed forms on the bundled model, by KL on held-out text: `repair.py`.
 
-Both are fitted to the sample of tokens that `observe --reroute-tokens` leaves, so need no further forward, and keep the checkpoint's format:
+Both are fitted to the sample of tokens that `observe --reroute-tokens` leaves, so need no further forward, and keep the format:
 
 - `rescale` multiplies each kept expert's output by a factor s_e, folded into the scales of its down projection (stored weights keep their
   bytes). With A_tj = c_K,j(t) for the candidates j of token t, s minimises the sum over tokens of w ‖Σ_j s_j c_K,j f_j - y‖², which is a
