@@ -476,7 +476,8 @@ def _recover(
 ) -> None:
     from reapkit.recovery import recover
 
-    found = recover(parent, pruned, revision=revision)
+    with _progress(quiet) as progress:
+        found = recover(parent, pruned, revision=revision, progress=progress)
     if output is not None:
         found.save(output)
     if as_json:
@@ -672,7 +673,8 @@ def compress(
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
-        observation, manifest = compression.prepare(source, output, target, **text, **fixed)
+        with _progress(quiet) as progress:
+            observation, manifest = compression.prepare(source, output, target, **text, **fixed, progress=progress)
         sources = [source.to_json() for source in observation.data.sources]
         _note_calibration(observation.layout.architecture, sources, quiet=quiet)
         _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
@@ -756,7 +758,8 @@ def compare(
         else:
             from reapkit.generation import LoadedModel
 
-            models = [LoadedModel(source, run) for source in (original, pruned)]
+            with _progress(quiet) as progress:
+                models = [LoadedModel(source, run, progress=progress) for source in (original, pruned)]
             repliers = [model.reply_all for model in models]
             if not all(model.knows_calls for model in models) and any(row.tools for row in rows):
                 notes.append(
@@ -1015,17 +1018,19 @@ def serve(
         source = model if reference else None
         _check(address, source, run, as_json=as_json, quiet=quiet, described={}, revision=revision)
         return
-    deployment = serving.serve(
-        model,
-        engine=engine,
-        gpu=gpu,
-        count=count,
-        trust_remote_code=trust_remote_code,
-        demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
-        max_num_seqs=max_num_seqs,
-        extra=context.args,
-        revision=revision,
-    )
+    with _progress(quiet) as progress:
+        deployment = serving.serve(
+            model,
+            engine=engine,
+            gpu=gpu,
+            count=count,
+            trust_remote_code=trust_remote_code,
+            demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
+            max_num_seqs=max_num_seqs,
+            extra=context.args,
+            revision=revision,
+            progress=progress,
+        )
     listening = servers.listening(host, port)
     fits = deployment.capacity is None or deployment.capacity.max_context > 0
     if start and fits:

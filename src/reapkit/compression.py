@@ -180,6 +180,7 @@ def compress(
         dequantize=dequantize,
         mtp=mtp,
         allow_missing_scales=allow_missing_scales,
+        progress=progress,
     )
     path = out / STATISTICS_NAME
     statistics = observed_before(path, observation)
@@ -226,7 +227,9 @@ def choose_by_weights(
     progress: Progress = silent,
 ) -> Choice:
     """Choose by the criterion `aimer`, which reads a checkpoint's weights and needs no text."""
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision, progress=progress)
+    )
     layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
     from reapkit.magnitudes import score_by_weights
@@ -250,6 +253,7 @@ def prepare(
     dequantize: bool,
     mtp: str | None,
     allow_missing_scales: bool,
+    progress: Progress = silent,
 ) -> tuple[Observation, Manifest]:
     """Whatever can fail before hours of observing are spent: target, output folder, format, space, data.
 
@@ -257,7 +261,7 @@ def prepare(
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
     check_weights(target.weights)
-    checkpoint = Checkpoint.open(source, revision=revision)
+    checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
     if not allow_missing_scales:  # which experts stay is not known yet

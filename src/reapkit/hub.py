@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from reapkit.errors import CheckpointError, HubError
+from reapkit.progress import Progress, silent
 
 SCHEME = "hub://"
 RESUME = "repeat the command: it goes on where it stopped"
@@ -100,22 +101,37 @@ def cached(name: str, *, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def snapshot(repository: Repository, names: Iterable[str]) -> Path:
+def snapshot(repository: Repository, names: Sequence[str], *, progress: Progress = silent) -> Path:
     """The folder in the hub's cache that holds these files, those downloaded that are missing; other files may lie there too."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+    name, revision = repository.name, repository.revision
+    missing = [file for file in names if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+    total, came, lock = sum(repository.files[file].size for file in missing), 0, threading.Lock()
+
     class Unseen(tqdm):
+        """A bar that shows nothing; the one of all bytes that arrived tells `progress`."""
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
+            self._counts = kwargs.pop("name", None) == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-    name, revision = repository.name, repository.revision
+        def update(self, n: float | None = 1) -> None:
+            nonlocal came
+            if self._counts and n:
+                with lock:
+                    came += int(n)
+                    if came < total:
+                        progress("small files", came, total, "B")
+
     patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in names]
     with explained(name, revision=revision):
         folder: str = _persistently(
             lambda: snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=Unseen)
         )
+    if total:
+        progress("small files", total, total, "B")
     return Path(folder)
 
 

@@ -480,7 +480,7 @@ def choose(
                 f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
                 hint="first: reapkit observe SRC --data … -o statistics.safetensors",
             )
-        checkpoint = Checkpoint.open(source, revision=revision)
+        checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
