@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ from reapkit.compression import prune, transfer
 from reapkit.errors import CheckpointError, HubError, PlanError, ReapkitError, UsageError
 from reapkit.inventory import inspect
 from reapkit.layout import Identity, resolve
+from reapkit.outputs import unfinished
 from reapkit.plans import PruningPlan
 from reapkit.publishing import publish, push
-from reapkit.sources import WASTE, cut, joined
+from reapkit.sources import WASTE, Remote, cut, joined
+from reapkit.statistics import Statistics
 from reapkit.tensors import encode_header
 from reapkit.verification import verify
+from streaming import text_rows, write_jsonl
 
 NANO = Path(__file__).parents[1] / "models/m2-nano"
 INDEX = "model.safetensors.index.json"
@@ -203,6 +207,39 @@ def test_offline_what_the_cache_has_as_a_whole_serves(
     with pytest.raises(HubError, match="not in the hub's cache") as caught:
         Checkpoint.open("org/other")
     assert "HF_HUB_OFFLINE" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect SRC",
+        "observe SRC --data TEXT -o OUT --dry-run",
+        "plan SRC --criterion random --ratio 0.25 -o OUT --dry-run",
+        "plan SRC --criterion aimer --ratio 0.25 -o OUT --dry-run",
+        "plan SRC --recover SRC -o OUT --dry-run",
+        "prune SRC PLAN -o OUT --dry-run",
+        "compress SRC --data TEXT --ratio 0.25 -o OUT --dry-run",
+        "merge SRC NONE -o OUT --method m-smoe --ratio 0.25 --data TEXT --dry-run",
+        "compare SRC SRC --data TEXT",
+        "compare SRC SRC --data TEXT --prompts PROMPTS",
+        "serve SRC",
+    ],
+)
+def test_every_verb_says_how_far_opening_a_repository_is(
+    hub: LoopbackHub, tmp_path: Path, m2: Path, command: str
+) -> None:
+    import shutil
+
+    folder = tiny.add_tokenizer(Path(shutil.copytree(m2, tmp_path / "served")))
+    (folder / "chat_template.jinja").unlink()  # so that nobody answers prompts, which takes long
+    hub.repos["org/m2"] = Repo(folder)
+    plans.plan(folder, criterion="random", ratio="0.25").save(tmp_path / "plan.json")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    words = {"SRC": "org/m2", "OUT": tmp_path / "out", "TEXT": write_jsonl(tmp_path / "text.jsonl", text_rows(4)),
+             "PLAN": tmp_path / "plan.json", "PROMPTS": prompts, "NONE": tmp_path / "none"}  # fmt: skip
+    result = reapkit(*(words.get(word, word) for word in command.split()))
+    assert re.search(r"^small files: [\d.]+ kB of ", result.stderr, re.MULTILINE), result.stderr
+    assert re.search(r"^headers: [\d.]+ kB of ", result.stderr, re.MULTILINE), result.stderr
 
 
 # --- pruning
@@ -854,6 +891,143 @@ def test_push_sends_the_checkpoint_and_its_card_without_reapkits_folder(
     with pytest.raises(CheckpointError, match="is not a finished output of reapkit"):
         push(NANO, "me/other", dry_run=True)
     shutil.rmtree(tmp_path / "out")
+
+
+# --- branches that move
+
+
+def moved_on(tmp_path: Path, m2: Path, hub: LoopbackHub) -> tuple[Path, Callable[[], Repo]]:
+    """A repository org/m2 and how its branch moves to other routers; what was can still be had."""
+    import shutil
+
+    first = tiny.add_tokenizer(Path(shutil.copytree(m2, tmp_path / "first")))
+    hub.repos["org/m2"] = Repo(first)
+
+    def move() -> Repo:
+        second = Path(shutil.copytree(first, tmp_path / "second"))
+        name, tensor = next((n, t) for n, t in tiny.load_tensors(second).items() if n.endswith("gate.weight"))
+        info = Checkpoint.open(second).tensors[name]
+        with (second / info.file).open("r+b") as stream:
+            stream.seek(info.start)
+            stream.write((tensor + 1).numpy().tobytes())
+        hub.repos["org/m2"] = Repo(second, past=[Repo(first)])
+        return hub.repos["org/m2"]
+
+    return first, move
+
+
+def reapkit(*arguments: object) -> Any:
+    """The command line in this process, which the fixtures have connected to the hub."""
+    from typer.testing import CliRunner
+
+    from reapkit.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("stage", ["observe", "compress, observing", "compress, writing"])
+def test_a_repeated_command_stays_with_the_commit_that_it_began_with(
+    hub: LoopbackHub, tmp_path: Path, m2: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, move = moved_on(tmp_path, m2, hub)
+    first = hub.repos["org/m2"].commit
+    text = write_jsonl(tmp_path / "text.jsonl", text_rows(400))
+    out = tmp_path / ("statistics.safetensors" if stage == "observe" else "out")
+    sums = out if stage == "observe" else out / "reapkit/statistics.safetensors"
+
+    def arguments(source: object, target: Path) -> list[object]:
+        common = [source, "--data", text, "--activation-budget", "2200kB", "--disk-budget", "700kB", "-o", target]
+        return ["observe", *common] if stage == "observe" else ["compress", *common, "--ratio", "0.25"]
+
+    with monkeypatch.context() as patched:
+        if stage == "compress, writing":
+            patched.setattr(shards, "_write_shards", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            hub.fault = lambda request: (503, {}) if unfinished(sums).exists() else None
+        begun = reapkit(*arguments("org/m2", out))
+        assert begun.exit_code == (130 if stage == "compress, writing" else 1), begun.stderr
+    hub.fault = lambda request: None
+    second = move().commit
+    named = reapkit(*arguments("org/m2", out), "--revision", "main")
+    assert named.exit_code == 1
+    said = " ".join(named.stderr.split())
+    assert f"on org/m2 at {first[:12]}, and this is {second[:12]}: its fingerprints differ, routers" in said
+    assert f"--revision {first}, or leave --revision out: it goes on with that" in said
+    again = reapkit(*arguments("org/m2", out))
+    assert again.exit_code == 0, again.stderr
+    assert f"goes on with org/m2 at {first[:12]}, as it began" in again.stderr
+    assert Statistics.load(sums).source.revision == first
+    assert reapkit(*arguments(folder, tmp_path / "wanted")).exit_code == 0
+    if stage == "observe":
+        found, wanted = load_file(out), load_file(tmp_path / "wanted")
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    else:
+        assert tiny.read_json(out / "reapkit.json")["source"]["revision"] == first
+        assert_same(out, tmp_path / "wanted", plan_named=False)
+        # Once it is done too: it verifies what is there.
+        assert reapkit(*arguments("org/m2", out)).exit_code == 0
+
+
+def test_an_interrupted_prune_goes_on_at_its_plans_commit_when_the_branch_has_moved(
+    hub: LoopbackHub, tmp_path: Path, m2: Path
+) -> None:
+    folder, move = moved_on(tmp_path, m2, hub)
+    plan = plans.plan("org/m2", criterion="random", keep=6)
+    prune(folder, replace(plan, source=replace(plan.source, origin=str(folder), revision=None)), tmp_path / "wanted")
+    written: list[int] = []
+
+    def refuse_later(request: Request) -> Fault | None:
+        written.extend([1] if request.start > 8_000 else [])
+        return (503, {}) if len(written) > 20 and request.where == "storage" else None
+
+    hub.fault = refuse_later
+    with pytest.raises(HubError, match="did not give model"):
+        prune("org/m2", plan, tmp_path / "out")
+    hub.fault = lambda request: None
+    move()
+    with pytest.raises(PlanError, match=r"and this is .* its fingerprints differ, routers"):
+        prune("org/m2", plan, tmp_path / "out", revision="main")
+    manifest = prune("org/m2", plan, tmp_path / "out")
+    assert manifest.source.revision == plan.source.revision
+    assert_same(tmp_path / "out", tmp_path / "wanted", plan_named=False)
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_commit_that_is_gone_and_whose_weights_are_not_can_be_pruned_from_a_folder(
+    hub: LoopbackHub, tmp_path: Path, m2: Path
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    folder, _ = moved_on(tmp_path, m2, hub)
+    plan = plans.plan("org/m2", criterion="random", keep=6)
+    (folder / "README.md").write_text("# Another card, and a history that was squashed\n")
+    with pytest.raises(HubError, match=f"org/m2 has no revision {plan.source.revision}, or has it no more"):
+        prune("org/m2", plan, tmp_path / "out")
+    with pytest.raises(PlanError, match=r"and this is .*: all fingerprints are the same") as caught:
+        prune("org/m2", plan, tmp_path / "out", revision="main")
+    assert "the folder of a download is held to fingerprints alone" in str(caught.value.hint)
+    prune(snapshot_download("org/m2"), plan, tmp_path / "out")
+    assert verify(tmp_path / "out", source=folder).ok
+
+
+def test_an_endpoint_that_gives_files_of_another_commit_is_not_believed(hub: LoopbackHub) -> None:
+    repo = hub.repos["org/nano"]
+    repo.stated = "f" * 40
+    error = refuse("org/nano")
+    assert error.message == f"LICENSE has moved: the hub gives it at another commit than {repo.commit[:12]}"
+    assert "HF_ENDPOINT" in str(error.hint)
+    repo.stated = None
+    checkpoint = Checkpoint.open("org/nano")
+    assert checkpoint.remote is not None
+    info = next(iter(checkpoint.tensors.values()))
+    size = f"{(NANO / info.file).stat().st_size:,}"
+    repo.stated = "f" * 40
+    with pytest.raises(HubError) as caught:
+        Remote(checkpoint.remote.repository, checkpoint.path).read_into(info.file, 0, memoryview(bytearray(8)))
+    assert caught.value.message == (
+        f"{info.file} has moved: the hub gives it at ffffffffffff with {size} bytes, and {repo.commit[:12]} with {size} was asked for"
+    )
+    assert "does not keep commits" in str(caught.value.hint)
 
 
 # --- ranges

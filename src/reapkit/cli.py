@@ -286,9 +286,10 @@ def observe(
     """Measure on calibration text how much every expert contributes."""
     from reapkit.checkpoint import Checkpoint
     from reapkit.observation import Observation, Settled
-    from reapkit.outputs import require_target
+    from reapkit.outputs import require_target, unfinished
     from reapkit.ranks import Ranks
     from reapkit.rerouting import Reroute
+    from reapkit.statistics import begun_at
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
@@ -297,6 +298,7 @@ def observe(
     quiet = quiet or ranks.rank > 0
     reroute = Reroute(reroute_tokens, reroute_candidates) if reroute_tokens else None
     until = None if until_stable is None else Settled(until_stable, ratio, keep)
+    revision = revision or _begun_commit(source, begun_at(unfinished(ranks.own(output)), source), quiet=quiet)
     with _progress(quiet) as progress:
         checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         observation = Observation(
@@ -436,6 +438,13 @@ def plan(
         _note("nothing written" if dry_run else f"wrote {_escape(str(output))}")
         if upload is not None:
             _note_upload(upload)
+
+
+def _begun_commit(source: str, commit: str | None, *, quiet: bool) -> str | None:
+    """The commit that an interrupted run began with, said to whoever repeats it: the branch may have moved."""
+    if commit is not None and not quiet:
+        _note(f"goes on with {_escape(source)} at {commit[:12]}, as it began")
+    return commit
 
 
 def _gather(choice: Choice, source: str, ratio: str | None, progress: Progress) -> Evidence:
@@ -670,6 +679,7 @@ def compress(
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
+    revision = revision or _begun_commit(source, compression.begun_with(source, output), quiet=quiet)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:

@@ -21,7 +21,7 @@ from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.samples import beside
 from reapkit.shards import Manifest
-from reapkit.statistics import Statistics
+from reapkit.statistics import Statistics, begun_at
 from reapkit.verification import Verification, verify
 
 if TYPE_CHECKING:  # pruning imports no torch: it is copying, and starts at once
@@ -163,7 +163,7 @@ def compress(
         source: a checkpoint's folder or hub id.
         out: a new folder.
         target: how much to remove, by which criterion.
-        data, run, max_length, seed, revision: as in `observe`.
+        data, run, max_length, seed, revision: as in `observe`; a repeated call without a revision stays with the commit that it began with.
         dequantize, base_model, mtp, allow_missing_scales: as in `prune`.
         progress: told how far it is.
     """
@@ -261,6 +261,7 @@ def prepare(
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
     check_weights(target.weights)
+    revision = revision or begun_with(source, out)
     checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
@@ -294,11 +295,20 @@ def prepare(
     return observation, manifest
 
 
+def begun_with(source: str | Path, out: Path) -> str | None:
+    """The commit of a repository on the hub with which an interrupted or finished run filled the folder: the same command stays with it."""
+    path = out / STATISTICS_NAME
+    return begun_at(path, source) or begun_at(unfinished(path), source)
+
+
 def observed_before(path: Path, observation: Observation) -> Statistics | None:
     """The statistics that an interrupted run left, if they are of this model, text and settings."""
+    from reapkit.observation import require_commit
+
     if not path.exists():
         return None
     statistics = Statistics.load(path)
+    require_commit(path, statistics, observation.source, "was observed")
     if (what := observation.differing(statistics)) is None:
         if observation.recorder is not None and not observation.gathered(beside(path)):
             return None

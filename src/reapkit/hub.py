@@ -22,6 +22,9 @@ from reapkit.errors import CheckpointError, HubError
 from reapkit.progress import Progress, silent
 
 SCHEME = "hub://"
+NO_COMMITS = (
+    "what answers does not keep commits as they were: is HF_ENDPOINT the address of a hub, or of a mirror that does?"
+)
 RESUME = "repeat the command: it goes on where it stopped"
 # Attempts without a single byte in between, and the seconds before each: half a minute in all, which outlasts a restart of a proxy
 # and is short enough to be told soon. A connection that breaks after it brought something is taken up again at once.
@@ -129,6 +132,10 @@ def snapshot(repository: Repository, names: Sequence[str], *, progress: Progress
     with explained(name, revision=revision):
         folder: str = _persistently(
             lambda: snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=Unseen)
+        )
+    if absent := [file for file in names if not (Path(folder) / file).exists()]:
+        raise HubError(
+            f"{absent[0]} has moved: the hub gives it at another commit than {revision[:12]}", hint=NO_COMMITS
         )
     if total:
         progress("small files", total, total, "B")
@@ -313,7 +320,7 @@ class Ranges:
             raise HubError(
                 f"{file} has moved: the hub gives it at {found.commit_hash[:12]} with {found.size or 0:,} bytes, and "
                 f"{revision[:12]} with {listed.size:,} was asked for",
-                hint="repeat the command with --revision and the commit that is wanted",
+                hint=NO_COMMITS,
             )
         return _Location(found.location, urlsplit(found.location)[:2] == urlsplit(url)[:2])
 

@@ -569,6 +569,7 @@ class Observation:
         if keep is None or not keep.exists():
             return None
         begun = Statistics.load(keep, unfinished=True)
+        require_commit(keep, begun, self.source, "holds the sums of an interrupted run")
         what = self.differing(begun) or ("micro-batches" if begun.batches != len(self.batches) else None)
         if what is not None:
             raise DataError(
@@ -680,6 +681,15 @@ def observe(
         progress=progress,
     )
     return observation.run(progress=progress, sample=sample)
+
+
+def require_commit(path: Path, begun: Statistics, found: Identity, holds: str) -> None:
+    """Raise DataError where a file's statistics are of another commit of the same repository, and say what tells the two apart."""
+    if (moved := begun.source.moved(found)) is not None:
+        raise DataError(
+            f"{path} {holds} on {moved}",
+            hint=f"--revision {begun.source.revision}, or leave --revision out: it goes on with that; or begin again elsewhere",
+        )
 
 
 def _spent(error: Exception, device: str) -> str | None:
