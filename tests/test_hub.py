@@ -290,7 +290,7 @@ def test_prune_of_minimax_m2s_tensors_in_125_shards_moves_no_more_than_that_eith
     assert_same(out, tmp_path / "reference")
     again = hub.moved["storage"]
     print(f"  interrupted after {written:,} bytes, and repeated: {again:,} bytes")
-    assert again + written <= 1.03 * needed  # headers and fingerprints are read again
+    assert again < moved - 0.9 * written  # headers and fingerprints are read again
     shutil.rmtree(out)
     shutil.rmtree(tmp_path / "reference")
 
