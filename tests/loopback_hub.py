@@ -53,6 +53,8 @@ class Repo:
     Attributes:
         folder: its files.
         needs_token: private; with `gated`, visible and not to be read.
+        past: what earlier commits held, which can still be had.
+        stated: a commit that files are said to be of, in place of the one that was asked for.
     """
 
     folder: Path
@@ -60,7 +62,8 @@ class Repo:
     gated: bool = False
     branch: str = "main"
     hashes: dict[str, str] = field(default_factory=dict)
-    stated: dict[str, str] | None = None
+    past: list[Repo] = field(default_factory=list)
+    stated: str | None = None
 
     @property
     def commit(self) -> str:
@@ -311,6 +314,8 @@ class _Hub(_Handler):
             self.answer(401, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         elif repo.gated and reading and not repo.needs_token:
             self.answer(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        elif (earlier := next((past for past in repo.past if past.commit == revision), None)) is not None:
+            return earlier
         elif revision not in (None, repo.branch, repo.commit):
             self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
         else:
@@ -342,7 +347,7 @@ class _Hub(_Handler):
     def resolve(self, name: str, revision: str, file: str) -> None:
         if self.faulty("file", name, file) or (repo := self.allowed(name, revision, reading=True)) is None:
             return
-        headers = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": repo.stated or repo.commit, "Accept-Ranges": "bytes"}
         if file not in repo.files:
             self.answer(404, headers={**headers, "X-Error-Code": "EntryNotFound"})
         elif _is_large(file):
@@ -350,7 +355,7 @@ class _Hub(_Handler):
             self.hub.valid_signatures.add(signature)
             size = str((repo.folder / file).stat().st_size)
             linked = {"X-Linked-Etag": f'"{repo.sha256(file)}"', "X-Linked-Size": size}
-            location = f"{self.hub.storage}/{name}/{quote(file)}?Signature={signature}&Policy=signedSecret"
+            location = f"{self.hub.storage}/{name}/{quote(file)}?Commit={repo.commit}&Signature={signature}&Policy=signedSecret"
             self.answer(302, headers={**headers, **linked, "Location": location})
         else:
             etag = hashlib.sha1((repo.folder / file).read_bytes()).hexdigest()
@@ -368,10 +373,12 @@ class _Storage(_Handler):
         fault = self.faulty("storage", f"{owner}/{name}", file)
         if fault == "html" or isinstance(fault, tuple):
             return
-        if parse_qs(parts.query)["Signature"][0] not in self.hub.valid_signatures:
+        asked = parse_qs(parts.query)
+        if asked["Signature"][0] not in self.hub.valid_signatures:
             self.answer(403)
             return
         repo = self.hub.repos[f"{owner}/{name}"]
+        repo = next((past for past in repo.past if past.commit == asked["Commit"][0]), repo)
         self.send_file(repo, file, {"ETag": '"of-the-storage"', "Content-Type": "application/octet-stream"}, fault)
 
 

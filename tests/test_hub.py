@@ -10,8 +10,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,14 @@ from reapkit.compression import prune, transfer
 from reapkit.errors import CheckpointError, HubError, PlanError, ReapkitError, UsageError
 from reapkit.inventory import inspect
 from reapkit.layout import Identity, resolve
+from reapkit.outputs import unfinished
 from reapkit.plans import PruningPlan
 from reapkit.publishing import publish, push
-from reapkit.sources import WASTE, cut, joined
+from reapkit.sources import WASTE, Remote, cut, joined
+from reapkit.statistics import Statistics
 from reapkit.tensors import encode_header
 from reapkit.verification import verify
+from streaming import text_rows, write_jsonl
 
 NANO = Path(__file__).parents[1] / "models/m2-nano"
 INDEX = "model.safetensors.index.json"
@@ -134,12 +140,14 @@ def test_inspect_of_minimax_m2s_125_headers_is_23_megabytes_of_230_gigabytes(hub
         230_121_630_720,
         228_689_764_864,
     )
-    moved, needed = (
-        hub.moved["storage"] + hub.moved["file"],
-        headers_of(tmp_path / "m2") + (tmp_path / "m2" / INDEX).stat().st_size,
-    )
-    print(f"inspect MiniMax-M2: {moved:,} bytes, {needed:,} of them index and headers, of {found.nbytes:,}")
-    assert moved <= 1.001 * needed < 23_000_000
+    moved = hub.moved["storage"] + hub.moved["file"]
+    index, headers = (tmp_path / "m2" / INDEX).stat().st_size, headers_of(tmp_path / "m2")
+    print(f"inspect MiniMax-M2: {moved:,} bytes of {found.nbytes:,}; index {index:,}, headers {headers:,}, "
+          f"{hub.requests['storage GET']:,} requests")  # fmt: skip
+    assert moved <= 1.001 * (index + headers) < 23_000_000
+    hub.forget()
+    Checkpoint.open("org/m2")
+    assert hub.moved["storage"] + hub.moved["file"] == headers  # the index stays in the cache
 
 
 def test_inspect_brings_the_chat_template_where_parsers_depend_on_it(hub: LoopbackHub, qwen3: Path) -> None:
@@ -205,6 +213,39 @@ def test_offline_what_the_cache_has_as_a_whole_serves(
     assert "HF_HUB_OFFLINE" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect SRC",
+        "observe SRC --data TEXT -o OUT --dry-run",
+        "plan SRC --criterion random --ratio 0.25 -o OUT --dry-run",
+        "plan SRC --criterion aimer --ratio 0.25 -o OUT --dry-run",
+        "plan SRC --recover SRC -o OUT --dry-run",
+        "prune SRC PLAN -o OUT --dry-run",
+        "compress SRC --data TEXT --ratio 0.25 -o OUT --dry-run",
+        "merge SRC NONE -o OUT --method m-smoe --ratio 0.25 --data TEXT --dry-run",
+        "compare SRC SRC --data TEXT",
+        "compare SRC SRC --data TEXT --prompts PROMPTS",
+        "serve SRC",
+    ],
+)
+def test_every_verb_says_how_far_opening_a_repository_is(
+    hub: LoopbackHub, tmp_path: Path, m2: Path, command: str
+) -> None:
+    import shutil
+
+    folder = tiny.add_tokenizer(Path(shutil.copytree(m2, tmp_path / "served")))
+    (folder / "chat_template.jinja").unlink()  # so that nobody answers prompts, which takes long
+    hub.repos["org/m2"] = Repo(folder)
+    plans.plan(folder, criterion="random", ratio="0.25").save(tmp_path / "plan.json")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    words = {"SRC": "org/m2", "OUT": tmp_path / "out", "TEXT": write_jsonl(tmp_path / "text.jsonl", text_rows(4)),
+             "PLAN": tmp_path / "plan.json", "PROMPTS": prompts, "NONE": tmp_path / "none"}  # fmt: skip
+    result = reapkit(*(words.get(word, word) for word in command.split()))
+    assert re.search(r"^small files: [\d.]+ kB of ", result.stderr, re.MULTILINE), result.stderr
+    assert re.search(r"^headers: [\d.]+ kB of ", result.stderr, re.MULTILINE), result.stderr
+
+
 # --- pruning
 
 
@@ -221,20 +262,37 @@ def test_prune_moves_what_is_kept_and_headers_and_writes_the_same_bytes(
 
 @pytest.mark.giant
 def test_prune_of_minimax_m2s_tensors_in_125_shards_moves_no_more_than_that_either(
-    hub: LoopbackHub, tmp_path: Path
+    hub: LoopbackHub, tmp_path: Path, small_m2: Path
 ) -> None:
-    folder = small_m2(tmp_path / "m2")
+    import shutil
+
+    folder, out = small_m2, tmp_path / "out"
     hub.repos["org/m2"] = Repo(folder)
     plan = plans.plan(folder, criterion="random", ratio="0.30")
     prune(folder, plan, tmp_path / "reference")
     hub.forget()
-    manifest = prune("org/m2", plan, tmp_path / "out")
-    assert_same(tmp_path / "out", tmp_path / "reference")
+    manifest = prune("org/m2", plan, out)
+    assert_same(out, tmp_path / "reference")
     needed = manifest.after.bytes + headers_of(folder)
     moved = hub.moved["storage"] - (folder / INDEX).stat().st_size
     print(f"prune 96,103 small tensors in 125 shards by 30 %: {moved:,} bytes, {needed:,} needed: {moved / needed:.4f}, "
           f"{hub.requests['storage GET']:,} requests")  # fmt: skip
     assert moved <= 1.02 * needed
+    # Refused in the middle of the 60th shard, and repeated.
+    shutil.rmtree(out)
+    hub.fault = lambda request: (503, {}) if len(list(out.glob("*.safetensors"))) == 60 else None
+    with pytest.raises(HubError, match="did not give model"):
+        prune("org/m2", plan, out)
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    hub.fault = lambda request: None
+    hub.forget()
+    prune("org/m2", plan, out)
+    assert_same(out, tmp_path / "reference")
+    again = hub.moved["storage"]
+    print(f"  interrupted after {written:,} bytes, and repeated: {again:,} bytes")
+    assert again < moved - 0.9 * written  # headers and fingerprints are read again
+    shutil.rmtree(out)
+    shutil.rmtree(tmp_path / "reference")
 
 
 @pytest.mark.giant
@@ -257,31 +315,53 @@ def test_prune_of_the_whole_minimax_m2_would_move_no_more_than_that_either(hub: 
     assert moved <= 1.02 * needed
 
 
-def small_m2(folder: Path) -> Path:
-    """MiniMax-M2's 96,103 names in 125 shards, with tiny shapes and bytes that all differ."""
+@pytest.fixture(scope="module")
+def small_m2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """MiniMax-M2's names, dtypes and number of shards, with m2-nano's tokenizer and shapes so small that it runs here.
+
+    96,103 tensors in 125 shards; hidden size 128 in place of 3,072, experts of 64 in place of 1,536, and the rest likewise.
+    """
+    import shutil
+
     from inventories import minimax_m2
 
-    config, tensors, num_shards = minimax_m2()
+    sizes, tensors, num_shards = minimax_m2()
+    folder = tmp_path_factory.mktemp("small") / "m2"
     folder.mkdir()
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    small = {200064: 512, 3072: 48, 1536: 16, 6144: 64, 1024: 16}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(NANO / name, folder)
+    config = tiny.read_json(NANO / "config.json") | sizes
+    config |= {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+               "rotary_dim": 16, "attn_type_list": [1] * sizes["num_hidden_layers"]}  # fmt: skip
+    tiny.write_json(folder / "config.json", config)
+    small = {200064: config["vocab_size"], 3072: 128, 1536: 64, 6144: 96, 1024: 32, 256: 256}
 
     def shrink(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if name.endswith("gate.weight"):
-            return (256, 8)  # a share of the whole as small as in the release
-        return (1, 1) if name.endswith("_scale_inv") else tuple(small.get(size, size) for size in shape)
+        return (1, 1) if name.endswith("_scale_inv") else tuple(small[size] for size in shape)
 
     shrunk = [(name, dtype, shrink(name, shape)) for name, dtype, shape in tensors]
     size, weight_map, noise = -(-len(shrunk) // num_shards), {}, np.random.default_rng(0)
     for number in range(num_shards):
         part = shrunk[number * size : (number + 1) * size]
         file = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-        held = sum(int(np.prod(shape)) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype] for _, dtype, shape in part)
-        (folder / file).write_bytes(encode_header(part, metadata={"format": "pt"}) + noise.bytes(held))
+        content = b"".join(noise_in(dtype, shape, noise) for _, dtype, shape in part)
+        (folder / file).write_bytes(encode_header(part, metadata={"format": "pt"}) + content)
         weight_map |= {name: file for name, _, _ in part}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return folder
+    yield folder
+    shutil.rmtree(folder)
+
+
+def noise_in(dtype: str, shape: tuple[int, ...], noise: np.random.Generator) -> bytes:
+    """Finite numbers in the bytes of a dtype, as large as a model's that runs: its norms, its weights or their scales."""
+    count = int(np.prod(shape))
+    if dtype == "F8_E4M3":  # with a cleared high bit of the exponent they are below 2, and none is NaN
+        return bytes(np.frombuffer(noise.bytes(count), np.uint8) & 0b1011_1111)
+    if shape == (1, 1):
+        return noise.uniform(0.05, 0.15, count).astype("<f4").tobytes()
+    values = noise.uniform(0.5, 1.5, count) if len(shape) == 1 else noise.normal(size=count) * shape[-1] ** -0.5
+    wide = values.astype("<f4")
+    return wide.tobytes() if dtype == "F32" else (wide.view("<u4") >> 16).astype("<u2").tobytes()
 
 
 def test_dequantised_and_computed_tensors_come_out_the_same(hub: LoopbackHub, tmp_path: Path, m2_fp8: Path) -> None:
@@ -655,6 +735,108 @@ def test_observing_reads_each_byte_once_per_wave_and_measures_the_same(
     assert hub.moved["storage"] == per_pass + head
 
 
+@pytest.mark.parametrize("model", ["m2_fp8", pytest.param("small_m2", marks=pytest.mark.giant)])
+def test_observing_fetches_every_byte_once_per_wave_within_the_disk_budget_and_goes_on(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, request: pytest.FixtureRequest
+) -> None:
+    import shutil
+
+    from reapkit import observation as observing
+    from reapkit.observation import Observation, Run
+
+    monkeypatch.setitem(observing.TOKENS_PER_BATCH, "cpu", 64)
+    folder: Path = request.getfixturevalue(model)
+    if model == "m2_fp8":
+        folder = tiny.add_tokenizer(Path(shutil.copytree(folder, tmp_path / "m2")))
+    config = tiny.read_json(folder / "config.json")
+    hub.repos["org/m2"] = Repo(folder)
+    rows = [{"text": f"def f{number}(x):\n    return x + {number}\n" * 3} for number in range(2)]
+    text, out = write_jsonl(tmp_path / "text.jsonl", rows), tmp_path / "statistics.safetensors"
+
+    def observation(source: str | Path, disk_budget: int | None = None) -> Observation:
+        run = Run("cpu", "float32", activation_budget=64 * 2 * 4 * config["hidden_size"], disk_budget=disk_budget)
+        return Observation(source, [text], run=run, max_length=64, seed=0)
+
+    observation(folder).write(out)
+    wanted, before = load_file(out), Statistics.load(out)
+    hub.forget()
+    remote = observation("org/m2")
+    opened, waves = hub.moved["storage"], len(remote.waves)
+    window, per_pass = remote._window()
+    infos = remote.checkpoint.tensors.values()
+    print(f"observe {len(infos):,} small tensors in {len(remote.checkpoint.files)} shards, {sum(i.nbytes for i in infos):,} bytes, "
+          f"in {waves} waves: {opened:,} bytes for index, headers and fingerprints, {per_pass:,} for a pass")  # fmt: skip
+    assert waves >= 2
+
+    def observe(budget: int) -> tuple[int, int]:
+        """What observing within the budget moves, after the statistics are seen to be the same to the bit; and what it should."""
+        out.unlink(missing_ok=True)
+        remote = observation("org/m2", budget)
+        hub.forget()
+        with largest(tmp_path / f"{out.name}.unfinished.weights") as held:
+            remote.write(out)
+        found = load_file(out)
+        assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        assert Statistics.load(out).source.differing(before.source) is None
+        moved, planned = hub.moved["storage"], remote.estimate().moved_bytes
+        print(
+            f"  with {budget:,} bytes of disk, of which {held():,} were seen in use: {moved:,} bytes, planned {planned:,}"
+        )
+        assert 0 < held() <= budget
+        return moved, planned
+
+    # Two layers and no more: every wave fetches every byte once.
+    moved, planned = observe(window)
+    assert moved == planned == waves * per_pass
+    # The last of them is interrupted in its middle: the others are not repeated.
+    reached: list[int] = []
+
+    def refuse_later(request: Request) -> Fault | None:
+        if unfinished(out).exists() and Statistics.load(unfinished(out), unfinished=True).finished_batches == waves - 1:
+            reached.append(request.number)
+        return (503, {}) if len(reached) > config["num_hidden_layers"] // 2 else None
+
+    out.unlink()
+    hub.fault = refuse_later
+    with pytest.raises(HubError, match="did not give model"):
+        observation("org/m2", window).write(out)
+    hub.fault = lambda request: None
+    moved, _ = observe(window)
+    assert moved == per_pass
+    if model == "small_m2":  # whose passes take long
+        return
+    # Half of it may stay from one wave to the next, which is what then is not fetched again.
+    moved, planned = observe(window + per_pass // 2)
+    assert planned == per_pass + (waves - 1) * (per_pass - per_pass // 2)
+    assert planned <= moved <= planned + (waves - 1) * window
+
+
+@contextmanager
+def largest(folder: Path) -> Iterator[Callable[[], int]]:
+    """The most bytes that files in a folder took while this lasted, looked at again and again."""
+    most, stopped = [0], threading.Event()
+
+    def held() -> int:
+        found = 0
+        with suppress(OSError):
+            for path in folder.iterdir():
+                with suppress(OSError):
+                    found += path.stat().st_size
+        return found
+
+    def look() -> None:
+        while not stopped.wait(0.01):
+            most[0] = max(most[0], held())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        stopped.set()
+        thread.join()
+
+
 def test_a_disk_budget_that_does_not_hold_two_layers_is_refused_with_the_numbers(tmp_path: Path) -> None:
     from reapkit.sources import Disk
 
@@ -854,6 +1036,143 @@ def test_push_sends_the_checkpoint_and_its_card_without_reapkits_folder(
     with pytest.raises(CheckpointError, match="is not a finished output of reapkit"):
         push(NANO, "me/other", dry_run=True)
     shutil.rmtree(tmp_path / "out")
+
+
+# --- branches that move
+
+
+def moved_on(tmp_path: Path, m2: Path, hub: LoopbackHub) -> tuple[Path, Callable[[], Repo]]:
+    """A repository org/m2 and how its branch moves to other routers; what was can still be had."""
+    import shutil
+
+    first = tiny.add_tokenizer(Path(shutil.copytree(m2, tmp_path / "first")))
+    hub.repos["org/m2"] = Repo(first)
+
+    def move() -> Repo:
+        second = Path(shutil.copytree(first, tmp_path / "second"))
+        name, tensor = next((n, t) for n, t in tiny.load_tensors(second).items() if n.endswith("gate.weight"))
+        info = Checkpoint.open(second).tensors[name]
+        with (second / info.file).open("r+b") as stream:
+            stream.seek(info.start)
+            stream.write((tensor + 1).numpy().tobytes())
+        hub.repos["org/m2"] = Repo(second, past=[Repo(first)])
+        return hub.repos["org/m2"]
+
+    return first, move
+
+
+def reapkit(*arguments: object) -> Any:
+    """The command line in this process, which the fixtures have connected to the hub."""
+    from typer.testing import CliRunner
+
+    from reapkit.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("stage", ["observe", "compress, observing", "compress, writing"])
+def test_a_repeated_command_stays_with_the_commit_that_it_began_with(
+    hub: LoopbackHub, tmp_path: Path, m2: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, move = moved_on(tmp_path, m2, hub)
+    first = hub.repos["org/m2"].commit
+    text = write_jsonl(tmp_path / "text.jsonl", text_rows(400))
+    out = tmp_path / ("statistics.safetensors" if stage == "observe" else "out")
+    sums = out if stage == "observe" else out / "reapkit/statistics.safetensors"
+
+    def arguments(source: object, target: Path) -> list[object]:
+        common = [source, "--data", text, "--activation-budget", "2200kB", "--disk-budget", "700kB", "-o", target]
+        return ["observe", *common] if stage == "observe" else ["compress", *common, "--ratio", "0.25"]
+
+    with monkeypatch.context() as patched:
+        if stage == "compress, writing":
+            patched.setattr(shards, "_write_shards", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            hub.fault = lambda request: (503, {}) if unfinished(sums).exists() else None
+        begun = reapkit(*arguments("org/m2", out))
+        assert begun.exit_code == (130 if stage == "compress, writing" else 1), begun.stderr
+    hub.fault = lambda request: None
+    second = move().commit
+    named = reapkit(*arguments("org/m2", out), "--revision", "main")
+    assert named.exit_code == 1
+    said = " ".join(named.stderr.split())
+    assert f"on org/m2 at {first[:12]}, and this is {second[:12]}: its fingerprints differ, routers" in said
+    assert f"--revision {first}, or leave --revision out: it goes on with that" in said
+    again = reapkit(*arguments("org/m2", out))
+    assert again.exit_code == 0, again.stderr
+    assert f"goes on with org/m2 at {first[:12]}, as it began" in again.stderr
+    assert Statistics.load(sums).source.revision == first
+    assert reapkit(*arguments(folder, tmp_path / "wanted")).exit_code == 0
+    if stage == "observe":
+        found, wanted = load_file(out), load_file(tmp_path / "wanted")
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    else:
+        assert tiny.read_json(out / "reapkit.json")["source"]["revision"] == first
+        assert_same(out, tmp_path / "wanted", plan_named=False)
+        # Once it is done too: it verifies what is there.
+        assert reapkit(*arguments("org/m2", out)).exit_code == 0
+
+
+def test_an_interrupted_prune_goes_on_at_its_plans_commit_when_the_branch_has_moved(
+    hub: LoopbackHub, tmp_path: Path, m2: Path
+) -> None:
+    folder, move = moved_on(tmp_path, m2, hub)
+    plan = plans.plan("org/m2", criterion="random", keep=6)
+    prune(folder, replace(plan, source=replace(plan.source, origin=str(folder), revision=None)), tmp_path / "wanted")
+    written: list[int] = []
+
+    def refuse_later(request: Request) -> Fault | None:
+        written.extend([1] if request.start > 8_000 else [])
+        return (503, {}) if len(written) > 20 and request.where == "storage" else None
+
+    hub.fault = refuse_later
+    with pytest.raises(HubError, match="did not give model"):
+        prune("org/m2", plan, tmp_path / "out")
+    hub.fault = lambda request: None
+    move()
+    with pytest.raises(PlanError, match=r"and this is .* its fingerprints differ, routers"):
+        prune("org/m2", plan, tmp_path / "out", revision="main")
+    manifest = prune("org/m2", plan, tmp_path / "out")
+    assert manifest.source.revision == plan.source.revision
+    assert_same(tmp_path / "out", tmp_path / "wanted", plan_named=False)
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_commit_that_is_gone_and_whose_weights_are_not_can_be_pruned_from_a_folder(
+    hub: LoopbackHub, tmp_path: Path, m2: Path
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    folder, _ = moved_on(tmp_path, m2, hub)
+    plan = plans.plan("org/m2", criterion="random", keep=6)
+    (folder / "README.md").write_text("# Another card, and a history that was squashed\n")
+    with pytest.raises(HubError, match=f"org/m2 has no revision {plan.source.revision}, or has it no more"):
+        prune("org/m2", plan, tmp_path / "out")
+    with pytest.raises(PlanError, match=r"and this is .*: all fingerprints are the same") as caught:
+        prune("org/m2", plan, tmp_path / "out", revision="main")
+    assert "the folder of a download is held to fingerprints alone" in str(caught.value.hint)
+    prune(snapshot_download("org/m2"), plan, tmp_path / "out")
+    assert verify(tmp_path / "out", source=folder).ok
+
+
+def test_an_endpoint_that_gives_files_of_another_commit_is_not_believed(hub: LoopbackHub) -> None:
+    repo = hub.repos["org/nano"]
+    repo.stated = "f" * 40
+    error = refuse("org/nano")
+    assert error.message == f"LICENSE has moved: the hub gives it at another commit than {repo.commit[:12]}"
+    assert "HF_ENDPOINT" in str(error.hint)
+    repo.stated = None
+    checkpoint = Checkpoint.open("org/nano")
+    assert checkpoint.remote is not None
+    info = next(iter(checkpoint.tensors.values()))
+    size = f"{(NANO / info.file).stat().st_size:,}"
+    repo.stated = "f" * 40
+    with pytest.raises(HubError) as caught:
+        Remote(checkpoint.remote.repository, checkpoint.path).read_into(info.file, 0, memoryview(bytearray(8)))
+    assert caught.value.message == (
+        f"{info.file} has moved: the hub gives it at ffffffffffff with {size} bytes, and {repo.commit[:12]} with {size} was asked for"
+    )
+    assert "does not keep commits" in str(caught.value.hint)
 
 
 # --- ranges

@@ -106,7 +106,7 @@ class Checkpoint:
         Args:
             source: a folder, a hub id, or what `locate` found.
             revision: of a hub id.
-            progress: told how a repository's headers and fingerprints come.
+            progress: told how a repository's small files, headers and fingerprints come.
 
         Raises:
             CheckpointError: something is missing, truncated or contradicts itself.
@@ -275,7 +275,7 @@ def locate(
     tables = {CONFIG_NAME, INDEX_NAME, *_QUANTIZATION_TABLES} & repository.files.keys()
     # The source's card says what licence an output has.
     others = {name for name in repository.files if _is_sidecar(name) or name == CARD_NAME} if sidecars else set()
-    folder = hub.snapshot(repository, sorted(tables | others))
+    folder = hub.snapshot(repository, sorted(tables | others), progress=progress)
     return Place(folder, name, repository.revision, Remote(repository, folder, progress=progress))
 
 

@@ -286,9 +286,10 @@ def observe(
     """Measure on calibration text how much every expert contributes."""
     from reapkit.checkpoint import Checkpoint
     from reapkit.observation import Observation, Settled
-    from reapkit.outputs import require_target
+    from reapkit.outputs import require_target, unfinished
     from reapkit.ranks import Ranks
     from reapkit.rerouting import Reroute
+    from reapkit.statistics import begun_at
 
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
@@ -297,6 +298,7 @@ def observe(
     quiet = quiet or ranks.rank > 0
     reroute = Reroute(reroute_tokens, reroute_candidates) if reroute_tokens else None
     until = None if until_stable is None else Settled(until_stable, ratio, keep)
+    revision = revision or _begun_commit(source, begun_at(unfinished(ranks.own(output)), source), quiet=quiet)
     with _progress(quiet) as progress:
         checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         observation = Observation(
@@ -438,6 +440,13 @@ def plan(
             _note_upload(upload)
 
 
+def _begun_commit(source: str, commit: str | None, *, quiet: bool) -> str | None:
+    """The commit that an interrupted run began with, said to whoever repeats it: the branch may have moved."""
+    if commit is not None and not quiet:
+        _note(f"goes on with {_escape(source)} at {commit[:12]}, as it began")
+    return commit
+
+
 def _gather(choice: Choice, source: str, ratio: str | None, progress: Progress) -> Evidence:
     from reapkit.evidence import gather
     from reapkit.plans import open_sample
@@ -476,7 +485,8 @@ def _recover(
 ) -> None:
     from reapkit.recovery import recover
 
-    found = recover(parent, pruned, revision=revision)
+    with _progress(quiet) as progress:
+        found = recover(parent, pruned, revision=revision, progress=progress)
     if output is not None:
         found.save(output)
     if as_json:
@@ -669,10 +679,12 @@ def compress(
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
+    revision = revision or _begun_commit(source, compression.begun_with(source, output), quiet=quiet)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
     if dry_run:
-        observation, manifest = compression.prepare(source, output, target, **text, **fixed)
+        with _progress(quiet) as progress:
+            observation, manifest = compression.prepare(source, output, target, **text, **fixed, progress=progress)
         sources = [source.to_json() for source in observation.data.sources]
         _note_calibration(observation.layout.architecture, sources, quiet=quiet)
         _print_estimate(observation.estimate(), as_json=as_json, output_bytes=manifest.after.bytes)
@@ -756,7 +768,8 @@ def compare(
         else:
             from reapkit.generation import LoadedModel
 
-            models = [LoadedModel(source, run) for source in (original, pruned)]
+            with _progress(quiet) as progress:
+                models = [LoadedModel(source, run, progress=progress) for source in (original, pruned)]
             repliers = [model.reply_all for model in models]
             if not all(model.knows_calls for model in models) and any(row.tools for row in rows):
                 notes.append(
@@ -1015,17 +1028,19 @@ def serve(
         source = model if reference else None
         _check(address, source, run, as_json=as_json, quiet=quiet, described={}, revision=revision)
         return
-    deployment = serving.serve(
-        model,
-        engine=engine,
-        gpu=gpu,
-        count=count,
-        trust_remote_code=trust_remote_code,
-        demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
-        max_num_seqs=max_num_seqs,
-        extra=context.args,
-        revision=revision,
-    )
+    with _progress(quiet) as progress:
+        deployment = serving.serve(
+            model,
+            engine=engine,
+            gpu=gpu,
+            count=count,
+            trust_remote_code=trust_remote_code,
+            demand=Demand(max_model_len, kv_cache_dtype, gpu_memory_utilization),
+            max_num_seqs=max_num_seqs,
+            extra=context.args,
+            revision=revision,
+            progress=progress,
+        )
     listening = servers.listening(host, port)
     fits = deployment.capacity is None or deployment.capacity.max_context > 0
     if start and fits:

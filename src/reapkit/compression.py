@@ -21,7 +21,7 @@ from reapkit.plans import Choice, PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.samples import beside
 from reapkit.shards import Manifest
-from reapkit.statistics import Statistics
+from reapkit.statistics import Statistics, begun_at
 from reapkit.verification import Verification, verify
 
 if TYPE_CHECKING:  # pruning imports no torch: it is copying, and starts at once
@@ -163,7 +163,7 @@ def compress(
         source: a checkpoint's folder or hub id.
         out: a new folder.
         target: how much to remove, by which criterion.
-        data, run, max_length, seed, revision: as in `observe`.
+        data, run, max_length, seed, revision: as in `observe`; a repeated call without a revision stays with the commit that it began with.
         dequantize, base_model, mtp, allow_missing_scales: as in `prune`.
         progress: told how far it is.
     """
@@ -180,6 +180,7 @@ def compress(
         dequantize=dequantize,
         mtp=mtp,
         allow_missing_scales=allow_missing_scales,
+        progress=progress,
     )
     path = out / STATISTICS_NAME
     statistics = observed_before(path, observation)
@@ -226,7 +227,9 @@ def choose_by_weights(
     progress: Progress = silent,
 ) -> Choice:
     """Choose by the criterion `aimer`, which reads a checkpoint's weights and needs no text."""
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision, progress=progress)
+    )
     layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
     from reapkit.magnitudes import score_by_weights
@@ -250,6 +253,7 @@ def prepare(
     dequantize: bool,
     mtp: str | None,
     allow_missing_scales: bool,
+    progress: Progress = silent,
 ) -> tuple[Observation, Manifest]:
     """Whatever can fail before hours of observing are spent: target, output folder, format, space, data.
 
@@ -257,7 +261,8 @@ def prepare(
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
     check_weights(target.weights)
-    checkpoint = Checkpoint.open(source, revision=revision)
+    revision = revision or begun_with(source, out)
+    checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
     plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
     if not allow_missing_scales:  # which experts stay is not known yet
@@ -290,11 +295,20 @@ def prepare(
     return observation, manifest
 
 
+def begun_with(source: str | Path, out: Path) -> str | None:
+    """The commit of a repository on the hub with which an interrupted or finished run filled the folder: the same command stays with it."""
+    path = out / STATISTICS_NAME
+    return begun_at(path, source) or begun_at(unfinished(path), source)
+
+
 def observed_before(path: Path, observation: Observation) -> Statistics | None:
     """The statistics that an interrupted run left, if they are of this model, text and settings."""
+    from reapkit.observation import require_commit
+
     if not path.exists():
         return None
     statistics = Statistics.load(path)
+    require_commit(path, statistics, observation.source, "was observed")
     if (what := observation.differing(statistics)) is None:
         if observation.recorder is not None and not observation.gathered(beside(path)):
             return None

@@ -193,7 +193,7 @@ def compare(
     device, dtype = run.resolve()
     models = []
     for source in (original, pruned):
-        checkpoint = Checkpoint.open(source)
+        checkpoint = Checkpoint.open(source, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         models.append(
             StreamedModel(checkpoint, layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code)

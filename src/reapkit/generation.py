@@ -19,7 +19,7 @@ from reapkit.errors import ResourceError, UnsupportedError
 from reapkit.memory import free_memory
 from reapkit.modules import StreamedModel, load_tokenizer
 from reapkit.observation import Run
-from reapkit.progress import Progress
+from reapkit.progress import Progress, silent
 
 # Replies generated at once. More fill a device better and hold more of the cache.
 REPLIES_PER_BATCH = {"cuda": 32, "cpu": 16}
@@ -38,9 +38,9 @@ class LoadedModel:
         ResourceError: it does not fit.
     """
 
-    def __init__(self, source: str | Path, run: Run) -> None:
+    def __init__(self, source: str | Path, run: Run, *, progress: Progress = silent) -> None:
         device, dtype = run.resolve()
-        checkpoint = Checkpoint.open(source)
+        checkpoint = Checkpoint.open(source, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         self._model = StreamedModel(
             checkpoint, layout, device=device, dtype=dtype, trust_remote_code=run.trust_remote_code

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,12 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from reapkit.errors import CheckpointError, HubError
+from reapkit.progress import Progress, silent
 
 SCHEME = "hub://"
+NO_COMMITS = (
+    "what answers does not keep commits as they were: is HF_ENDPOINT the address of a hub, or of a mirror that does?"
+)
 RESUME = "repeat the command: it goes on where it stopped"
 # Attempts without a single byte in between, and the seconds before each: half a minute in all, which outlasts a restart of a proxy
 # and is short enough to be told soon. A connection that breaks after it brought something is taken up again at once.
@@ -100,22 +104,41 @@ def cached(name: str, *, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def snapshot(repository: Repository, names: Iterable[str]) -> Path:
+def snapshot(repository: Repository, names: Sequence[str], *, progress: Progress = silent) -> Path:
     """The folder in the hub's cache that holds these files, those downloaded that are missing; other files may lie there too."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
+    name, revision = repository.name, repository.revision
+    missing = [file for file in names if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+    total, came, lock = sum(repository.files[file].size for file in missing), 0, threading.Lock()
+
     class Unseen(tqdm):
+        """A bar that shows nothing; the one of all bytes that arrived tells `progress`."""
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
+            self._counts = kwargs.pop("name", None) == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-    name, revision = repository.name, repository.revision
+        def update(self, n: float | None = 1) -> None:
+            nonlocal came
+            if self._counts and n:
+                with lock:
+                    came += int(n)
+                    if came < total:
+                        progress("small files", came, total, "B")
+
     patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in names]
     with explained(name, revision=revision):
         folder: str = _persistently(
             lambda: snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=Unseen)
         )
+    if absent := [file for file in names if not (Path(folder) / file).exists()]:
+        raise HubError(
+            f"{absent[0]} has moved: the hub gives it at another commit than {revision[:12]}", hint=NO_COMMITS
+        )
+    if total:
+        progress("small files", total, total, "B")
     return Path(folder)
 
 
@@ -297,7 +320,7 @@ class Ranges:
             raise HubError(
                 f"{file} has moved: the hub gives it at {found.commit_hash[:12]} with {found.size or 0:,} bytes, and "
                 f"{revision[:12]} with {listed.size:,} was asked for",
-                hint="repeat the command with --revision and the commit that is wanted",
+                hint=NO_COMMITS,
             )
         return _Location(found.location, urlsplit(found.location)[:2] == urlsplit(url)[:2])
 

@@ -358,6 +358,22 @@ class Identity:
             return None if siblings else "tensors"
         return "weights" if self.weights != other.weights else None
 
+    def moved(self, other: Identity) -> str | None:
+        """Of another commit of the same repository, which one is meant, which one this is, and what tells the two apart.
+
+        None where it is the same commit, or one that is not known. Fingerprints do not see most experts, so a commit counts by itself.
+        """
+        if self.origin != other.origin or None in (self.revision, other.revision) or self.revision == other.revision:
+            return None
+        apart = [
+            f"{what} {getattr(self, name)[:12]} there and {getattr(other, name)[:12]} here"
+            for what, name in (("routers", "routing"), ("tensors", "layout"), ("weights", "weights"))
+            if getattr(self, name) != getattr(other, name)
+        ]
+        return f"{self.origin} at {str(self.revision)[:12]}, and this is {str(other.revision)[:12]}: " + (
+            "its fingerprints differ, " + "; ".join(apart) if apart else "all fingerprints are the same"
+        )
+
 
 def config_count(config: Mapping[str, Any], keys: Iterable[str], *, what: str) -> int:
     """A count that stands in the config under one or more of these keys; a list, one entry per layer, must repeat one number.

@@ -77,7 +77,9 @@ def merge(
         UnsupportedError: experts that cannot be run on other tokens, whose neurons are not known, or whose values cannot be computed.
     """
     chosen, out = clusters.method_of(method, router), Path(out)
-    observation = Observation(source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision)
+    observation = Observation(
+        source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision, progress=progress
+    )
     checkpoint, layout, form = observation.checkpoint, observation.layout, read_format(observation.checkpoint)
     if checkpoint.remote is not None and any(checkpoint.remote.local(file) is None for file in checkpoint.files):
         raise UnsupportedError(

@@ -198,6 +198,7 @@ class Observation:
         ranks: which share of the micro-batches is observed here.
         reroute: what to gather for re-routed errors; None gathers nothing.
         until: when to stop before the end of the text; None observes all of it.
+        progress: told how headers and fingerprints come from the hub.
 
     Raises:
         UnsupportedError: among others, re-routed errors are not defined for this family.
@@ -215,10 +216,13 @@ class Observation:
         ranks: Ranks | None = None,
         reroute: Reroute | None = None,
         until: Settled | None = None,
+        progress: Progress = silent,
     ) -> None:
         device, dtype = run.resolve()
         self.ranks = Ranks() if ranks is None else ranks
-        self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision)
+        self.checkpoint = (
+            source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision, progress=progress)
+        )
         self.layout = layouts.resolve(self.checkpoint, ARCHITECTURES)
         tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=run.trust_remote_code)
         processor = partial(load_processor, self.checkpoint, trust_remote_code=run.trust_remote_code)
@@ -565,6 +569,7 @@ class Observation:
         if keep is None or not keep.exists():
             return None
         begun = Statistics.load(keep, unfinished=True)
+        require_commit(keep, begun, self.source, "holds the sums of an interrupted run")
         what = self.differing(begun) or ("micro-batches" if begun.batches != len(self.batches) else None)
         if what is not None:
             raise DataError(
@@ -666,9 +671,25 @@ def observe(
         progress: told how far it is.
     """
     observation = Observation(
-        source, data, run=run or Run(), max_length=max_length, seed=seed, revision=revision, reroute=reroute
+        source,
+        data,
+        run=run or Run(),
+        max_length=max_length,
+        seed=seed,
+        revision=revision,
+        reroute=reroute,
+        progress=progress,
     )
     return observation.run(progress=progress, sample=sample)
+
+
+def require_commit(path: Path, begun: Statistics, found: Identity, holds: str) -> None:
+    """Raise DataError where a file's statistics are of another commit of the same repository, and say what tells the two apart."""
+    if (moved := begun.source.moved(found)) is not None:
+        raise DataError(
+            f"{path} {holds} on {moved}",
+            hint=f"--revision {begun.source.revision}, or leave --revision out: it goes on with that; or begin again elsewhere",
+        )
 
 
 def _spent(error: Exception, device: str) -> str | None:

@@ -190,23 +190,12 @@ class PruningPlan:
 
     def _require_revision(self, found: Identity) -> None:
         """Raise PlanError for another revision of the repository that the plan names, and say what tells the two apart."""
-        source = self.source
-        if (
-            source.origin != found.origin
-            or None in (source.revision, found.revision)
-            or source.revision == found.revision
-        ):
-            return
-        apart = [
-            f"{what} {getattr(source, name)[:12]} there and {getattr(found, name)[:12]} here"
-            for what, name in (("routers", "routing"), ("tensors", "layout"), ("weights", "weights"))
-            if getattr(source, name) != getattr(found, name)
-        ]
-        raise PlanError(
-            f"the plan is for {source.origin} at {str(source.revision)[:12]}, and this is {str(found.revision)[:12]}: "
-            + ("its fingerprints differ, " + "; ".join(apart) if apart else "all fingerprints are the same"),
-            hint=f"--revision {source.revision}, or leave --revision out: the plan's is taken",
-        )
+        if (moved := self.source.moved(found)) is not None:
+            raise PlanError(
+                f"the plan is for {moved}",
+                hint=f"--revision {self.source.revision}, or leave --revision out: the plan's is taken; "
+                "where the hub has it no more, the folder of a download is held to fingerprints alone",
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -480,7 +469,7 @@ def choose(
                 f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
                 hint="first: reapkit observe SRC --data … -o statistics.safetensors",
             )
-        checkpoint = Checkpoint.open(source, revision=revision)
+        checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))

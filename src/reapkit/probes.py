@@ -124,7 +124,9 @@ def check(
         probes.append(
             _timed(
                 "greedy tokens",
-                lambda: _greedy(client, Checkpoint.open(source, revision=revision), run or Run(), progress),
+                lambda: _greedy(
+                    client, Checkpoint.open(source, revision=revision, progress=progress), run or Run(), progress
+                ),
             )
         )
     return probes

@@ -17,23 +17,30 @@ from reapkit.checkpoint import Checkpoint
 from reapkit.errors import PlanError
 from reapkit.layout import Identity, MoELayout
 from reapkit.plans import PruningPlan
+from reapkit.progress import Progress, silent
 from reapkit.tensors import DTYPE_BITS
 
 RECOVERED = "recovered"
 
 
-def recover(parent: str | Path, pruned: str | Path, *, revision: str | None = None) -> PruningPlan:
+def recover(
+    parent: str | Path, pruned: str | Path, *, revision: str | None = None, progress: Progress = silent
+) -> PruningPlan:
     """The experts that a pruned checkpoint kept of its parent.
 
     Args:
         parent: the checkpoint before pruning, its folder or hub id.
         pruned: the checkpoint after it, in any format.
         revision: of the parent's hub id.
+        progress: told how headers and fingerprints come from the hub.
 
     Raises:
         PlanError: a row of a router is none of the parent's, or several of the parent's are alike and not all of them were kept.
     """
-    whole, part = Checkpoint.open(parent, revision=revision), Checkpoint.open(pruned)
+    whole, part = (
+        Checkpoint.open(parent, revision=revision, progress=progress),
+        Checkpoint.open(pruned, progress=progress),
+    )
     layout, cut = layouts.resolve(whole, ARCHITECTURES), layouts.resolve(part, ARCHITECTURES)
     if layout.architecture.name != cut.architecture.name or layout.num_layers != cut.num_layers:
         raise PlanError(

@@ -21,6 +21,7 @@ from reapkit.dialects import BALANCES_EXPERTS, SGLANG_REASONING, SGLANG_TOOLS
 from reapkit.errors import UnsupportedError, UsageError, did_you_mean
 from reapkit.gpus import Gpu
 from reapkit.inventory import Inventory
+from reapkit.progress import Progress, silent
 
 ENGINES = ("vllm", "sglang", "transformers")
 
@@ -180,6 +181,7 @@ def serve(
     max_num_seqs: int | None = None,
     extra: Sequence[str] = (),
     revision: str | None = None,
+    progress: Progress = silent,
 ) -> Deployment:
     """How a checkpoint is to be served: the command, what a card holds, what can go wrong. Nothing is started.
 
@@ -189,12 +191,13 @@ def serve(
         count: cards; None takes one of a named card, and all of this machine's.
         engine, trust_remote_code, demand, max_num_seqs, extra: as for `deployment`.
         revision: of a hub id.
+        progress: told how headers come from the hub.
 
     Raises:
         As `inspect` and `deployment`; UsageError: an unknown card.
     """
     card, number = (cards.find(gpu), count) if gpu is not None else capacities.found(count)
-    inventory = inventories.inspect(source, revision=revision, ratios=())
+    inventory = inventories.inspect(source, revision=revision, ratios=(), progress=progress)
     return deployment(
         inventory,
         model=str(source),

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as encode
 
-from reapkit import outputs
+from reapkit import hub, outputs
+from reapkit.checkpoint import exists
 from reapkit.errors import CheckpointError, DataError, PlanError, ReapkitError
 from reapkit.layout import Identity
 from reapkit.tensors import MAX_NUMBER, as_count, as_list, as_table, as_text, brief, parse_json, read_header
@@ -230,6 +231,21 @@ def differing(
         return what
     names = sorted(settings.keys() | other_settings.keys())
     return next((name for name in names if settings.get(name) != other_settings.get(name)), None)
+
+
+def begun_at(path: Path, source: str | Path) -> str | None:
+    """The commit that the statistics in a file are of, whole or an interrupted run's, if they are of this repository on the hub.
+
+    A branch may have moved since, and the same command, repeated, goes on with what it began with.
+
+    Raises:
+        DataError: the file is not one of statistics.
+    """
+    name, stated = hub.parse(str(source))
+    if stated is not None or not path.exists() or exists(Path(source)):
+        return None
+    begun = Statistics.load(path, unfinished=True).source
+    return begun.revision if begun.origin == name else None
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
