@@ -207,6 +207,27 @@ def measure(folder: Path, ratios: Sequence[float], tokens: int) -> list[dict[str
     return rows
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A run as rows of docs/reroute.md."""
+    lines = [
+        "| removed | chosen by | repair | KL | on each domain | error of the layers, fitted and other tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    layers: list[dict[str, Any]] = []
+    for row in rows:
+        layers = row.get("layers", layers)
+        kl = row["overall"]["kl"]
+        domains = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in row["domains"].items())
+        errors = ", ".join(
+            f"{np.mean([layer[half][row['repair']] for layer in layers]):.4f}" for half in ("fitted", "other")
+        )
+        lines.append(
+            f"| {100 * row['ratio']:g} % | {row['criterion']} | {row['repair']} | {kl['value']:.4f} ± {kl['standard_error']:.4f} | "
+            f"{domains} | {errors} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -214,7 +235,13 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=32_768, help="sampled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print what an earlier run wrote as a table, and run nothing"
+    )
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), arguments.ratios, arguments.tokens)
     text = json.dumps(rows, indent=1) + "\n"

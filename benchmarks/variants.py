@@ -312,6 +312,16 @@ def kept_sets(
             yield name, count, [sorted(set(everyone) - set(order[:count])) for order in by_count[count]]
 
 
+def table(results: dict[str, Any]) -> str:
+    """A run as rows of docs/reroute.md."""
+    lines = ["| removed | chosen by | KL | of that on each domain |", "|---|---|---|---|"]
+    for row in sorted(results["rows"], key=lambda row: (row["removed"], row["kl"]["overall"])):
+        mean, error = row["kl"]["overall"]
+        domains = ", ".join(f"{name} {kl:.2f}" for name, (kl, _) in row["kl"].items() if name != "overall")
+        lines.append(f"| {row['removed']} of 48 | {row['variant']} | {mean:.3f} ± {error:.3f} | {domains} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--removed", type=int, nargs="+", default=[12, 18], help="experts of 48 to remove from a layer")
@@ -320,7 +330,13 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=4, help="gradients a token")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print what an earlier run wrote as a table, and run nothing"
+    )
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        return
     torch.manual_seed(0)
     begun = time.perf_counter()
     model = Model()
