@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from typer.testing import CliRunner
 
 import tiny
 from families import FAMILIES, NUM_LAYERS, Family, make
-from reapkit import clusters, observe, plans, prune, reporting, shards, similarity, verify
+from reapkit import clusters, merging, observe, plans, prune, reporting, shards, similarity, verify
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import app
 from reapkit.clusters import METHODS, Group, Merging, Similarity
-from reapkit.errors import CheckpointError, OutputError, PlanError, UnsupportedError, UsageError
+from reapkit.errors import CheckpointError, DataError, OutputError, PlanError, UnsupportedError, UsageError
 from reapkit.layout import Identity
 from reapkit.merging import match_neurons, merge
 from reapkit.neurons import ExpertTensors, encode_orders, read_orders
@@ -421,6 +422,38 @@ def test_a_repeated_command_measures_nothing_again_and_writes_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     with pytest.raises(OutputError, match="not empty"):
         merge(small.folder, small.statistics, out, **options | {"method": "m-smoe"})
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("other", ["a pruned checkpoint", "another method", "other text", "another sample"])
+def test_a_folder_with_another_output_is_refused_before_anything_is_measured_and_left_as_it_is(
+    small: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, is_finished: bool
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"method": "ream", "keep": 5, "data": [small.text], "run": RUN, "tokens": 100}
+    with monkeypatch.context() as patch:
+        if not is_finished:
+            patch.setattr(shards, "_write_shard", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with nullcontext() if is_finished else pytest.raises(OutputError, match="the disk is full"):
+            if other == "a pruned checkpoint":
+                prune(small.folder, plans.plan(small.statistics, keep=5), out)
+            else:
+                merge(small.folder, small.statistics, out, **options)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options |= {"another method": {"method": "m-smoe"}, "another sample": {"tokens": 60}}.get(other, {})
+    if other == "other text":
+        options["data"] = [write_jsonl(tmp_path / "text.jsonl", text_rows(9, seed=5))]
+    refused = {
+        "a pruned checkpoint": "is not empty" if is_finished else "holds the unfinished output of another command",
+        "another method": "is not empty" if is_finished else r"of another command \(other merging\)",
+        "other text": "was measured on another model, text or settings: other text",
+        "another sample": "was measured on another model, text or settings: other sample",
+    }
+    monkeypatch.setattr(similarity, "measure", lambda *arguments, **named: pytest.fail("measured"))
+    monkeypatch.setattr(merging, "match_neurons", lambda *arguments, **named: pytest.fail("matched"))
+    with pytest.raises((OutputError, DataError), match=refused[other]):
+        merge(small.folder, small.statistics, out, **options)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def damage(path: Path, name: str) -> None:

@@ -409,6 +409,37 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
             )
 
 
+def refuse_other_merging(checkpoint: Checkpoint, out: Path, merging: Merging | None) -> None:
+    """Raise OutputError where the folder holds another output than this merging's, finished or not, before long work is done for it.
+
+    Args:
+        checkpoint: the source.
+        out: the output folder.
+        merging: the groups, whose neurons are not matched yet; None before they are known, when no begun output can be this merging's.
+    """
+    if (done := finished(out)) is not None:
+        begun = done.merging
+    elif (out / UNFINISHED_NAME).exists():
+        begun = _begun_merging(out)
+    else:
+        return
+    if merging is not None and begun is not None and replace(begun, alignment="") == merging:
+        return
+    refuse_folder(checkpoint, out)
+    raise OutputError(
+        f"{out} holds the unfinished output of another command (other merging)",
+        hint="repeat that command, or give another folder",
+    )
+
+
+def _begun_merging(out: Path) -> Merging | None:
+    """What an unfinished output's marker says of its groups; None where it says nothing that can be read."""
+    try:
+        return Merging.from_json(parse_json(read_small(out, UNFINISHED_NAME), origin=UNFINISHED_NAME)["merging"])
+    except (CheckpointError, KeyError, ValueError):
+        return None
+
+
 @contextmanager
 def _claimed(out: Path, command: Mapping[str, Any], expected: Iterable[str]) -> Iterator[None]:
     """Work on the folder alone, with its marker in place from the first file on until all are on the disk."""

@@ -104,6 +104,15 @@ def settings_of(observation: Observation, *, tokens: int) -> dict[str, Any]:
     return {**observation.settings, "seed": observation.seed, "sample": tokens, "source": asdict(observation.source)}
 
 
+def differing(found: Similarities, observation: Observation, *, tokens: int) -> str | None:
+    """What tells similarities from those that `measure` would find: the name of a setting, or the text."""
+    wanted = settings_of(observation, tokens=tokens)
+    names = sorted(wanted.keys() | found.settings.keys())
+    if (what := next((name for name in names if found.settings.get(name) != wanted.get(name)), None)) is not None:
+        return what
+    return None if found.digest == observation.data.digest else "text"
+
+
 def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: Progress = silent) -> Similarities:
     """Run every expert on a sample of the observation's text: whole documents, of every domain in turn, until it has so many tokens.
 
