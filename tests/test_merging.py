@@ -23,6 +23,7 @@ import tiny
 from families import FAMILIES, NUM_LAYERS, Family, make
 from reapkit import clusters, merging, observe, plans, prune, reporting, shards, similarity, verify
 from reapkit import layout as layouts
+from reapkit import observation as observations
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import app
@@ -30,6 +31,7 @@ from reapkit.clusters import METHODS, Group, Merging, Similarity
 from reapkit.errors import CheckpointError, DataError, OutputError, PlanError, UnsupportedError, UsageError
 from reapkit.layout import Identity
 from reapkit.merging import match_neurons, merge
+from reapkit.modules import StreamedModel, SuspendedForwards
 from reapkit.neurons import ExpertTensors, encode_orders, read_orders
 from reapkit.observation import Observation, Run
 from reapkit.plans import PruningPlan
@@ -376,6 +378,33 @@ def test_similarity_is_what_plain_hooks_see(ready: Ready) -> None:
             np.testing.assert_allclose(similar.gated_ED[expert], gated.detach(), rtol=1e-3, atol=1e-5)
 
 
+def test_similarity_is_measured_within_the_activation_budget_to_the_same_numbers(
+    small: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(observations.TOKENS_PER_BATCH, "cpu", 64)
+    held = 64 * observations.HELD_STATES * 64 * 4  # of one micro-batch: hidden size 64, float32
+    observation = Observation(
+        small.folder, [small.text], run=replace(RUN, activation_budget=held), max_length=32, seed=0
+    )
+    most = 0
+
+    class Counting(SuspendedForwards):
+        def __init__(self, model: Any, inputs: Any, **options: Any) -> None:
+            nonlocal most
+            most = max(most, sum(ids_BT.size for ids_BT in inputs))
+            super().__init__(model, inputs, **options)
+
+    monkeypatch.setattr(similarity, "SuspendedForwards", Counting)
+    found = measure(observation, tokens=300)
+    assert 0 < most <= 64 < found.tokens
+    observation = Observation(small.folder, [small.text], run=RUN, max_length=32, seed=0)
+    wanted = measure(observation, tokens=300)
+    assert most > 64
+    for index, layer in wanted.layers.items():
+        for name in ("output_ED", "gated_ED", "gram_EE", "inputs_ND"):
+            np.testing.assert_array_equal(getattr(found.layers[index], name), getattr(layer, name))
+
+
 def test_router_rows_and_biases_are_averaged_where_that_is_asked_for(ready: Ready, tmp_path: Path) -> None:
     manifest = ready.merge(tmp_path / "out", "m-smoe", router="average")
     assert manifest.merging is not None and verify(tmp_path / "out").problems == ()
@@ -549,12 +578,15 @@ def test_matching_neurons_needs_scipy_and_says_so(
     assert caught.value.hint == "pip install 'reapkit[merge]'"
 
 
-def test_mtp_layers_are_not_merged_and_keep_the_centres_of_the_last_layer(text: str, tmp_path: Path) -> None:
+def test_mtp_layers_are_neither_run_nor_merged_and_keep_the_centres_of_the_last_layer(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = next(family for family in FAMILIES if family.name == "GLM-4.5")
     source = tmp_path / "source"
     make(family, source, mtp=True)
     tiny.add_tokenizer(source)
     statistics = observe(source, [text], run=RUN)
+    monkeypatch.setattr(StreamedModel, "fetch_mtp", lambda model: pytest.fail("MTP layers were run"))
     manifest = merge(source, statistics, tmp_path / "out", method="m-smoe", ratio=0.25, data=[text], run=RUN, tokens=50)
     layer = max(manifest.kept)
     assert manifest.merging is not None and layer == NUM_LAYERS and layer not in manifest.merging.groups

@@ -30,14 +30,7 @@ from reapkit.experts import RoutedPairs, experts_of, running
 from reapkit.formats import decode
 from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
-from reapkit.observation import (
-    MAX_SUSPENDED,
-    Observation,
-    bytes_per_token,
-    default_budget,
-    split_into_waves,
-    tokens_per_batch,
-)
+from reapkit.observation import MAX_SUSPENDED, Observation, bytes_per_token, split_into_waves, tokens_per_batch
 from reapkit.progress import Progress, silent
 from reapkit.tensors import read_header
 
@@ -129,7 +122,7 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
     parts = batches(data, tokens_per_batch=tokens_per_batch(model))
     waves = split_into_waves(
         parts,
-        budget=default_budget(model),
+        budget=observation.budget,
         bytes_per_token=bytes_per_token(model),
         max_batches=MAX_SUSPENDED,
     )
@@ -141,15 +134,16 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
 
         def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
             nonlocal done
-            if layer < len(model.layers):
-                done += int(wave[number].length_B.sum())
-                progress("similarity", done, total, "tokens x layers")
+            done += int(wave[number].length_B.sum())
+            progress("similarity", done, total, "tokens x layers")
 
         inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
         masks = [_Mask(torch.from_numpy(batch.mask_BT.reshape(-1)).to(model.device)) for batch in wave]
         with (
             _seen(model, sums),
-            SuspendedForwards(model, inputs, images=images, observe=masks, keep_outputs=False) as forwards,
+            SuspendedForwards(
+                model, inputs, images=images, observe=masks, place=observation.place, keep_outputs=False, with_mtp=False
+            ) as forwards,
         ):
             forwards.run_layers(after_batch)
     assert all(layer.tokens == data.num_tokens for layer in sums.values())
