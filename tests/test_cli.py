@@ -378,6 +378,57 @@ def test_a_mistake_is_answered_with_a_sentence_and_the_contracts_exit_code(
     assert result.stdout == "" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("plan {statistics} --weights residual", "--weights does not go with --criterion reap"),
+        ("plan {statistics} --seed 0", "--seed does not go with --criterion reap"),
+        ("plan {statistics} --revision main", "--revision does not go with --criterion reap"),
+        ("plan {statistics} --private", "--private does not go with plan without --publish"),
+        ("plan {statistics} --criterion random --blend uniform", "--blend does not go with --criterion random"),
+        ("plan {statistics} --criterion random --revision x", "--revision does not go with --criterion random on statistics"),
+        ("plan {model} --criterion random --protect super", "--protect does not go with --criterion random on a checkpoint"),
+        ("plan {model} --criterion aimer --protect super", "--protect does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --evidence", "--evidence does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --weights plain", "--weights does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --seed 1", "--seed does not go with --criterion aimer"),
+        ("plan {model} --recover {model}", "--keep does not go with --recover"),
+        ("plan {model} --recover {model} --publish a/b", "--keep does not go with --recover"),
+        ("compress {model} --data {text} --weights plain", "--weights does not go with --criterion reap"),
+        ("compress {model} --data {text} --reroute-tokens 5", "--reroute-tokens does not go with --criterion reap"),
+        ("compress {model} --data {text} --criterion aimer --blend uniform", "--blend does not go with --criterion aimer"),
+        ("observe {model} --data {text}", "--keep does not go with observe without --until-stable"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(
+    words: str,
+    refused: str,
+    model: Path,
+    text: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    places = {"model": model, "text": text, "statistics": statistics}
+    result = run(*words.format(**places).split(), "--keep", "4", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and f"error: {refused}, which would ignore it" in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--evidence", "--publish=a/b", "--private", "--criterion=reap", "--blend=uniform"])
+def test_a_recovered_choice_takes_no_option_of_choosing(model: Path, tmp_path: Path, option: str) -> None:
+    result = run("plan", model, "--recover", model, option, "-o", tmp_path / "plan.json")
+    assert result.exit_code == 2 and f"{option.partition('=')[0]} does not go with --recover" in result.stderr
+
+
+def test_options_of_parts_that_are_left_out_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    result = run("observe", model, "--data", text, "--reroute-candidates", "4", "-o", tmp_path / "s")
+    assert result.exit_code == 2 and "does not go with observe without --reroute-tokens" in result.stderr
+    result = run("compare", model, model, "--data", text, "--max-tokens", "5")
+    assert result.exit_code == 2 and "--max-tokens does not go with compare without --prompts" in result.stderr
+
+
 def test_a_mistyped_verb_or_option_names_the_nearest(model: Path) -> None:
     assert "observe" in run("obsreve", model).stderr
     assert "--ratio" in run("plan", model, "--ration", "0.5", "-o", "x").stderr

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reapkit import __version__
-from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted
+from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted, require_used
 from reapkit.interrupts import heard, ignore_once_stopping
 
 if TYPE_CHECKING:
@@ -188,6 +188,12 @@ def _note(text: str) -> None:
     err.print(text, highlight=False, soft_wrap=True)
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The names of what stands on the command line, and is no default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 # ---- verbs ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +261,7 @@ def inspect(
 
 @_verb
 def observe(
+    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="statistics file to write")],
     data: Data = ["reap-mix"],  # noqa: B006
@@ -291,6 +298,11 @@ def observe(
     from reapkit.rerouting import Reroute
     from reapkit.statistics import begun_at
 
+    given = _given(context)
+    if until_stable is None:
+        require_used(given & {"ratio", "keep"}, (), "observe without --until-stable")
+    if not reroute_tokens:
+        require_used(given & {"reroute_candidates"}, (), "observe without --reroute-tokens")
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     ranks = Ranks.from_environment()
@@ -357,6 +369,7 @@ def combine(
 
 @_verb
 def plan(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -398,13 +411,19 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
-    from reapkit import publishing
+    from reapkit import criteria, publishing, recovery
     from reapkit.evidence import beside as evidence_beside
     from reapkit.plans import choose, num_kept
 
+    given = _given(context)
     if recover is not None:
+        target = {"criterion", "ratio", "keep", "divisible_by", "publish", "private"}
+        require_used(given & (criteria.OPTIONS | target), recovery.USED, "--recover")
         _recover(recover, source, None if dry_run else output, revision, as_json=as_json, quiet=quiet)
         return
+    criteria.require_used(criterion, given)
+    if publish is None:
+        require_used(given & {"private"}, (), "plan without --publish")
     with _progress(quiet) as progress:
         if criterion == "aimer" and Path(source).suffix != ".safetensors":
             from reapkit.compression import choose_by_weights
@@ -639,6 +658,7 @@ def verify(
 
 @_verb
 def compress(
+    context: typer.Context,
     source: Source,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
@@ -671,12 +691,14 @@ def compress(
     verbose: Verbose = False,
 ) -> None:
     """Observe, plan, prune and verify in one; repeated after an interruption, it goes on."""
-    from reapkit import compression
+    from reapkit import compression, criteria
     from reapkit.compression import Target
     from reapkit.ranks import Ranks
 
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
+    # Text is sampled by the seed, and the source has the revision, whatever the criterion.
+    criteria.require_used(criterion, _given(context) - {"seed", "revision"})
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
     revision = revision or _begun_commit(source, compression.begun_with(source, output), quiet=quiet)
@@ -713,6 +735,7 @@ def compress(
 
 @_verb
 def compare(
+    context: typer.Context,
     original: Annotated[str, typer.Argument(metavar="A", help="the original: a folder or hub id")],
     pruned: Annotated[str, typer.Argument(metavar="B", help="the pruned model: a folder or hub id")],
     data: Annotated[list[str], typer.Option("--data", metavar="D", help="held-out text, as in observe; repeatable")],
@@ -750,6 +773,8 @@ def compare(
     from reapkit.endpoints import connect
     from reapkit.fidelity import compare, failed_thresholds, keep, parse_thresholds
 
+    if prompts is None:
+        require_used(_given(context) & {"limit", "max_tokens"}, (), "compare without --prompts")
     limits = parse_thresholds(fail_on, with_prompts=prompts is not None) if fail_on else {}
     if endpoint and (prompts is None or len(endpoint) != 2):
         raise UsageError(

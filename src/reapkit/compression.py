@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reapkit import hub, plans, shards
+from reapkit import criteria, hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import STATISTICS_NAME, Checkpoint
@@ -261,6 +261,8 @@ def prepare(
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
     check_weights(target.weights)
+    changed = [part.name for part in fields(target) if getattr(target, part.name) != part.default]
+    criteria.require_used(target.criterion, changed)
     revision = revision or begun_with(source, out)
     checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)

@@ -22,8 +22,8 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Blend, Scores
-from reapkit.elimination import Elimination, check_weights, easy_ep, eliminate, token_weights
-from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
+from reapkit.elimination import WEIGHTS, Elimination, check_weights, easy_ep, eliminate, token_weights
+from reapkit.errors import CheckpointError, DataError, PlanError, UsageError, require_used
 from reapkit.layout import Identity, MoELayout
 from reapkit.progress import Progress, silent
 from reapkit.samples import RoutedSamples, beside
@@ -463,15 +463,21 @@ def choose(
         raise UsageError(
             "the criterion 'aimer' scores weights, and not statistics", hint="reapkit plan SRC --criterion aimer"
         )
+    settings = {"blend": blend, "protect": protect, "revision": revision}
+    given = {name for name, value in settings.items() if value is not None}
+    given |= {"weights"} if weights != WEIGHTS[0] else set()
+    criteria.require_used(criterion, given)
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(
                 f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
                 hint="first: reapkit observe SRC --data … -o statistics.safetensors",
             )
+        require_used(given, criteria.ON_CHECKPOINTS, f"--criterion {criterion} on a checkpoint")
         checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
+    require_used(given, criteria.ON_STATISTICS, f"--criterion {criterion} on statistics")
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
     count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups, divisible_by=divisible_by)
