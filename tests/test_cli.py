@@ -20,7 +20,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from reapkit import cli, shards
+from reapkit import cli, reporting, shards
 from reapkit.cli import app, parse_size
 from reapkit.errors import UsageError
 from reapkit.statistics import Statistics
@@ -86,6 +86,26 @@ def test_the_whole_way_step_by_step_and_in_one_gives_the_same_checkpoint(
         if (pruned / name).is_file():
             assert (pruned / name).read_bytes() == (compressed / name).read_bytes(), name
     assert (compressed / "reapkit/statistics.safetensors").read_bytes() == statistics.read_bytes()
+
+
+def test_compress_rounds_up_what_stays_as_plan_does_and_both_write_it_down(
+    model: Path, text: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = ("--ratio", "0.3", "--divisible-by", "4")
+    planned = run("plan", statistics, *size, "-o", tmp_path / "plan.json")
+    compressed = run("compress", model, "--data", text, *size, "-o", tmp_path / "out")
+    for result in (planned, compressed):
+        assert result.exit_code == 0 and "keeping 8 of 8 experts: 6 rounded up, to divide by 4" in result.stderr
+    plan = read_json(tmp_path / "plan.json")
+    assert plan == read_json(tmp_path / "out/reapkit/plan.json")
+    assert plan["num_kept"] == 8 and plan["options"] == {"divisible-by": "4"}
+    assert "options" in answer("plan", model, "--criterion", "random", *size, "-o", tmp_path / "random.json")
+    assert read_json(tmp_path / "random.json")["options"] == {"divisible-by": "4"}
+    *_, again, _ = reporting._commands(reporting.Evidence.gather(tmp_path / "out"))
+    assert again.startswith("reapkit plan statistics.safetensors --criterion reap --divisible-by 4 --keep 8")
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    refused = run("compress", model, "--data", text, "--keep", "4", "--divisible-by", "9", "-o", tmp_path / "x")
+    assert refused.exit_code == 1 and "no number of experts from 4 to 8 divides by 9" in refused.stderr
 
 
 def test_compress_does_not_observe_again_what_an_interrupted_run_observed(

@@ -79,6 +79,9 @@ Data = Annotated[
 ]  # fmt: skip
 Ratio = Annotated[str | None, typer.Option(metavar="R", help="share of the experts to remove, a decimal: 0.25")]
 Keep = Annotated[int | None, typer.Option(metavar="K", help="experts to keep per layer")]
+DivisibleBy = Annotated[
+    int, typer.Option(metavar="N", help="round the number that stays up to a multiple: cards that share experts")
+]
 CriterionOption = Annotated[str, typer.Option(metavar="C", help="how experts are scored; see reapkit list criteria")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default")]
 DtypeOption = Annotated[
@@ -381,12 +384,7 @@ def plan(
     criterion: CriterionOption = "reap",
     ratio: Ratio = None,
     keep: Keep = None,
-    divisible_by: Annotated[
-        int,
-        typer.Option(
-            "--divisible-by", metavar="N", help="round the number that stays up to a multiple: cards that share experts"
-        ),
-    ] = 1,
+    divisible_by: DivisibleBy = 1,
     weights: Weights = "residual",
     blend: BlendOption = None,
     protect: Protect = None,
@@ -413,7 +411,7 @@ def plan(
     """Choose the experts that stay; takes seconds and no device."""
     from reapkit import criteria, publishing, recovery
     from reapkit.evidence import beside as evidence_beside
-    from reapkit.plans import choose, num_kept
+    from reapkit.plans import choose
 
     given = _given(context)
     if recover is not None:
@@ -437,9 +435,7 @@ def plan(
                 blend=blend, protect=protect, seed=seed, revision=revision, progress=progress,
             )  # fmt: skip
         found = _gather(choice, source, ratio, progress) if evidence else None
-    asked, kept = num_kept(choice.plan.num_experts, ratio=ratio, keep=keep), choice.plan.num_kept
-    if kept > asked and divisible_by > 1 and not quiet:
-        _note(f"keeping {kept} of {choice.plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
+    _note_rounding(choice.plan, ratio, keep, divisible_by, quiet=quiet)
     if not dry_run:
         choice.plan.save(output)
         if found is not None:
@@ -666,6 +662,7 @@ def compress(
     data: Data = ["reap-mix"],  # noqa: B006
     ratio: Ratio = None,
     keep: Keep = None,
+    divisible_by: DivisibleBy = 1,
     criterion: CriterionOption = "reap",
     weights: Weights = "residual",
     blend: BlendOption = None,
@@ -700,7 +697,7 @@ def compress(
     # Text is sampled by the seed, and the source has the revision, whatever the criterion.
     criteria.require_used(criterion, _given(context) - {"seed", "revision"})
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
-    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
+    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates, divisible_by)
     revision = revision or _begun_commit(source, compression.begun_with(source, output), quiet=quiet)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
@@ -713,6 +710,7 @@ def compress(
         return
     with _progress(quiet) as progress:
         result = compression.compress(source, output, target, **text, **fixed, base_model=base_model, progress=progress)
+    _note_rounding(result.choice.plan, ratio, keep, divisible_by, quiet=quiet)
     if as_json:
         _print_json(
             {
@@ -1439,6 +1437,15 @@ def _note_waves(observation: Observation, *, quiet: bool) -> None:
             f"{len(observation.waves)} waves, each reads {reads}; activations up to {_size(observation.held_bytes)}, "
             + _PLACES[observation.place]
         )
+
+
+def _note_rounding(plan: PruningPlan, ratio: str | None, keep: int | None, divisible_by: int, *, quiet: bool) -> None:
+    """That more experts stay than were asked for."""
+    from reapkit.plans import num_kept
+
+    asked, kept = num_kept(plan.num_experts, ratio=ratio, keep=keep), plan.num_kept
+    if kept > asked and divisible_by > 1 and not quiet:
+        _note(f"keeping {kept} of {plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
 
 
 def _note_unmeasured(chosen: Manifest | PruningPlan) -> None:

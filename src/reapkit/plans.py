@@ -62,7 +62,8 @@ class PruningPlan:
         drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
-        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected.
+        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected, of what the number of
+            kept experts had to be a multiple.
     """
 
     source: Identity
@@ -334,15 +335,19 @@ def num_kept(
     return min(num_experts, rounded)
 
 
-def require_target(layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None) -> int:
+def require_target(
+    layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None, divisible_by: int = 1
+) -> int:
     """The number of experts that would stay, refused before anything is observed.
 
     Raises:
         UsageError: an unknown criterion, neither or both of ratio and keep.
-        PlanError: fewer would stay than each token is routed to.
+        PlanError: fewer would stay than each token is routed to, or no multiple is small enough.
     """
     criteria.check(criterion)
-    count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    count = num_kept(
+        layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups, divisible_by=divisible_by
+    )
     _require_top_k(count, layout.num_experts, layout.top_k)
     require_groups(layout, count)
     return count
@@ -503,6 +508,7 @@ def choose(
     options = {"weights": weights} if criterion == criteria.REROUTE else {}
     options |= {} if blend is None else {"blend": blend}
     options |= {} if protect is None else {"protect": protect}
+    options |= _rounding(divisible_by)
     chosen = PruningPlan(
         source=statistics.source,
         criterion=criterion,
@@ -652,6 +658,10 @@ def plan(
     ).plan
 
 
+def _rounding(divisible_by: int) -> dict[str, str]:
+    return {"divisible-by": str(divisible_by)} if divisible_by > 1 else {}
+
+
 def choose_for_checkpoint(
     checkpoint: Checkpoint,
     layout: MoELayout,
@@ -676,6 +686,7 @@ def choose_for_checkpoint(
         top_k=layout.top_k,
         kept=select(scores, keep=count, num_groups=layout.num_groups),
         seed=seed if is_random else None,
+        options=_rounding(divisible_by),
     )
     return Choice(chosen.with_mtp(layout.mtp_indices), scores, None)
 
