@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -451,6 +452,33 @@ def test_a_repeated_command_measures_nothing_again_and_writes_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     with pytest.raises(OutputError, match="not empty"):
         merge(small.folder, small.statistics, out, **options | {"method": "m-smoe"})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content[:-1], "is damaged or does not hold the similarity of experts: .* is truncated"),
+        (lambda content: b"\0" * 16, "is damaged or does not hold the similarity"),
+        (lambda content: content.replace(b"reapkit-similarity-1", b"reapkit-similarity-9"), "it has no 'reapkit-similarity-1'"),
+        (lambda content: content.replace(b"tokens", b"tokans"), "it has no 'tokens'"),
+        (lambda content: content.replace(b'"{\\"digest', b'"[\\"digest'), "its description is not valid JSON"),
+        (lambda content: content.replace(b"layers.1.gram_EE", b"layers.1.gram_EF"), "'layers.1.gram_EF' is nothing that belongs there"),
+        (lambda content: content.replace(b"layers.1.gram_EE", b"layers.9.gram_EE"), r"layers\.1\.gram_EE is missing"),
+        (lambda content: content.replace(b"[8,64]", b"[64,8]"), r"gram_EE of layer 0 is float64 \[8, 8\], not float64 \[64, 64\]"),
+        (lambda content: content[:-8] + np.float64("nan").tobytes(), "of layer . holds a value that is not finite"),
+    ],
+    ids=["short", "no file of tensors", "another format", "no size", "no JSON", "a stranger", "a gap", "other shapes", "NaN"],
+)  # fmt: skip
+def test_a_damaged_similarity_is_refused_with_what_is_wrong_with_it(
+    small: Ready, tmp_path: Path, change: Callable[[bytes], bytes], sentence: str
+) -> None:
+    path = tmp_path / "out/reapkit/similarity.safetensors"
+    small.similar.save(path)
+    assert Similarities.load(path).settings == small.similar.settings
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=sentence) as caught:
+        merge(small.folder, small.statistics, tmp_path / "out", method="ream", keep=5, data=[small.text], run=RUN)
+    assert caught.value.hint == "remove it and repeat the command, which measures it again"
 
 
 @pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "unfinished"])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as encode
 from torch import Tensor, nn
@@ -25,14 +26,14 @@ from torch import Tensor, nn
 from reapkit import outputs
 from reapkit.calibration import CalibrationBatch, CalibrationData, Document, batches
 from reapkit.clusters import Similarity
-from reapkit.errors import UnsupportedError
+from reapkit.errors import DataError, ReapkitError, UnsupportedError
 from reapkit.experts import RoutedPairs, experts_of, running
 from reapkit.formats import decode
 from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
 from reapkit.observation import MAX_SUSPENDED, Observation, bytes_per_token, split_into_waves, tokens_per_batch
 from reapkit.progress import Progress, silent
-from reapkit.tensors import read_header
+from reapkit.tensors import as_count, as_table, as_text, name_by_layer, parse_json, read_header, split_by_layer
 
 FORMAT = "reapkit-similarity-1"
 # Mean outputs of experts and products of logits settle long before saliency does: the papers take 32 sequences of 2,048 tokens at most.
@@ -40,6 +41,9 @@ FORMAT = "reapkit-similarity-1"
 SAMPLE_TOKENS = 16_384
 # Inputs on which neurons are compared: with 512 of D values for 62 layers of MiniMax-M2, 0.4 GB.
 KEPT_INPUTS = 512
+
+
+_PARTS = tuple(part.name for part in fields(Similarity) if part.name != "tokens")
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,49 @@ class Similarities:
         Raises:
             OutputError: the system refuses.
         """
-        arrays = {
-            f"layers.{index}.{part.name}": np.ascontiguousarray(getattr(layer, part.name))
-            for index, layer in self.layers.items()
-            for part in fields(layer)
-            if part.name != "tokens"
-        }
         described = {"tokens": self.tokens, "digest": self.digest, "settings": dict(self.settings)}
-        outputs.save(path, encode(arrays, metadata={FORMAT: json.dumps(described, sort_keys=True)}))
+        metadata = {FORMAT: json.dumps(described, sort_keys=True)}
+        outputs.save(path, encode(name_by_layer(self.layers, _PARTS), metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> Similarities:
-        """Read what `save` wrote."""
-        header, metadata = read_header(path)
-        described, arrays = json.loads(metadata[FORMAT]), load_file(path)
-        layers = {
-            index: Similarity(
-                tokens=described["tokens"],
-                **{
-                    part.name: arrays[f"layers.{index}.{part.name}"]
-                    for part in fields(Similarity)
-                    if part.name != "tokens"
-                },
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: it is something else, or damaged.
+        """
+        try:
+            _, metadata = read_header(path)
+            described = parse_json(metadata[FORMAT], origin="its description")
+            tokens = as_count(described["tokens"], least=1)
+            layers = {
+                index: Similarity(tokens=tokens, **parts)
+                for index, parts in split_by_layer(load_file(path), _PARTS).items()
+            }
+            for index, layer in layers.items():
+                _require_consistent(index, layer)
+            return cls(layers, tokens, as_text(described["digest"]), as_table(described["settings"]))
+        except (ReapkitError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"{path} is damaged or does not hold the similarity of experts: {reason}",
+                hint="remove it and repeat the command, which measures it again",
+            ) from None
+
+
+def _require_consistent(index: int, layer: Similarity) -> None:
+    """Raise ValueError unless a layer's arrays have the shapes that they have together, and hold numbers."""
+    (num_experts, hidden), sample = (*layer.output_ED.shape, 0, 0)[:2], (*layer.inputs_ND.shape, 0, 0)[:2]
+    shapes = dict.fromkeys(("output_ED", "gated_ED"), (num_experts, hidden))
+    shapes |= {"gram_EE": (num_experts, num_experts), "inputs_ND": sample}
+    for name, shape in shapes.items():
+        values, dtype = getattr(layer, name), np.float32 if name == "inputs_ND" else np.float64
+        if values.shape != shape or values.dtype != dtype:
+            raise ValueError(
+                f"{name} of layer {index} is {values.dtype} {list(values.shape)}, not {np.dtype(dtype)} {list(shape)}"
             )
-            for index in sorted({int(name.split(".")[1]) for name in header})
-        }
-        return cls(layers, **described)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} of layer {index} holds a value that is not finite")
 
 
 def settings_of(observation: Observation, *, tokens: int) -> dict[str, Any]:
