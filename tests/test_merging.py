@@ -513,6 +513,69 @@ def test_a_folder_with_another_output_is_refused_before_anything_is_measured_and
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def in_merging(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest["merging"].update(entries)
+
+
+def in_group(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    """Of the first group of layer 1, which has two members or more."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        first = next(group for group in manifest["merging"]["groups"]["1"] if len(group["members"]) > 1)
+        first |= {name: value(first[name]) if callable(value) else value for name, value in entries.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda manifest: manifest.pop("merging"), "KeyError 'merging'"),
+        (lambda manifest: manifest.update(merging=[]), r"\[\] is not a table"),
+        (lambda manifest: manifest.update(merging="ream"), "'ream' is not a table"),
+        (lambda manifest: manifest["merging"].pop("groups"), "KeyError 'groups'"),
+        (lambda manifest: manifest["merging"].pop("digest"), "KeyError 'digest'"),
+        (lambda manifest: manifest["merging"]["groups"].pop("1"), r"in the layers \[0, 1, 2\] and merged in \[0, 2\]"),
+        (lambda manifest: manifest["merging"]["groups"].update({"1": []}), "layer 1 do not hold every expert once"),
+        (lambda manifest: manifest["merging"]["groups"].update({"x": []}), "invalid literal"),
+        (lambda manifest: manifest["merging"]["groups"]["1"].pop(), "layer 1"),
+        (lambda manifest: manifest["before"].update(num_experts=9), "layer 0 do not hold 9 experts"),
+        (lambda manifest: manifest["kept"]["1"].reverse(), "layer 1 are not those of the kept experts"),
+        (in_merging(method="reem"), "experts are not merged by 'reem'"),
+        (in_merging(router="center"), "with routers by 'center'"),
+        (in_merging(method=["ream"]), r"\['ream'\] is not a string"),
+        (in_merging(groups=[1]), r"\[1\] is not a table"),
+        (in_merging(groups={"1": {}}), r"\{\} is not a list"),
+        (in_merging(groups={"1": [7]}), "7 is not a table"),
+        (in_merging(tokens=-1), "-1 is not a whole number from 0"),
+        (in_merging(tokens=1.5), "1.5 is not a whole number"),
+        (in_merging(digest=None), "None is not a string"),
+        (in_merging(alignment=7), "7 is not a string"),
+        (in_group(members=[]), "is no group of experts"),
+        (in_group(members="01"), "'01' is not a list"),
+        (in_group(members=lambda members: [*members[:-1], -1]), "-1 is not a whole number"),
+        (in_group(members=lambda members: [*members[:-1], 1.5]), "1.5 is not a whole number"),
+        (in_group(members=lambda members: [*members[:-1], 8]), "layer 1 do not hold every expert once"),
+        (in_group(members=lambda members: [*members[:-1], members[0]]), "layer 1 do not hold every expert once"),
+        (in_group(weights=lambda weights: weights[:-1]), "is no group of experts with a share for each"),
+        (in_group(weights=lambda weights: [2.0] * len(weights)), "is no group of experts"),
+        (in_group(weights=lambda weights: [0.25] + [0.0] * (len(weights) - 1)), "is no group of experts"),
+        (in_group(weights=lambda weights: [None] * len(weights)), "is no group of experts"),
+    ],
+)  # fmt: skip
+def test_a_manifest_whose_merging_is_damaged_is_refused_with_what_is_wrong_with_it(
+    small: Ready, tmp_path: Path, change: Callable[[dict[str, Any]], None], sentence: str
+) -> None:
+    source = small.folder.with_name("merged")
+    if not source.exists():
+        small.merge(source, "hc-smoe")
+    described = tiny.read_json(source / "reapkit.json")
+    change(described)
+    tiny.write_json(tmp_path / "reapkit.json", described)
+    with pytest.raises(CheckpointError, match=rf"reapkit.json in .* is damaged: .*{sentence}"):
+        Manifest.load(tmp_path)
+
+
 def damage(path: Path, name: str) -> None:
     tensors = load_file(path)
     tensors[name].reshape(-1)[0] += 1

@@ -188,11 +188,25 @@ class Manifest:
             )
             if described:
                 raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
+            result._require_groups()
             return result
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{MANIFEST_NAME} in {out} is damaged: {type(error).__name__} {error}", hint="prune again"
             ) from None
+
+    def _require_groups(self) -> None:
+        """Raise ValueError unless every measured layer's groups hold all experts, around the kept ones."""
+        if self.merging is None:
+            return
+        groups, measured = self.merging.groups, self.kept.keys() - self.unmeasured.keys()
+        if groups.keys() != measured:
+            raise ValueError(f"it chose in the layers {sorted(measured)} and merged in {sorted(groups)}")
+        for layer, held in groups.items():
+            if sum(len(group.members) for group in held) != self.before.num_experts:
+                raise ValueError(f"the groups of layer {layer} do not hold {self.before.num_experts} experts")
+            if self.kept[layer] != tuple(group.centre for group in held):
+                raise ValueError(f"the groups of layer {layer} are not those of the kept experts")
 
 
 def _texts(value: Any) -> dict[str, str]:
