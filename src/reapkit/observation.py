@@ -330,12 +330,12 @@ class Observation:
 
     def require_memory(self) -> None:
         """Raise ResourceError, with the numbers and what to lower, where the device has less memory free than a run takes."""
-        if self.place == "host" and self.held_bytes > (free := free_memory(torch.device("cpu"))):
+        if self.place == "host" and self.held_bytes > (free := self._free(torch.device("cpu"))):
             raise ResourceError(
                 f"suspended activations take {self.held_bytes / 1e9:,.2f} GB of the host's memory, and {free / 1e9:,.2f} GB are free",
                 hint=f"--activation-budget {int(free * BUDGET_SHARE['cpu']) // 1_000_000}MB",
             )
-        memory, free = self.memory(), free_memory(self.model.device)
+        memory, free = self.memory(), self._free(self.model.device)
         if sum(memory.values()) <= free:
             return
         spared = free - sum(size for part, size in memory.items() if part != ACTIVATIONS)
@@ -347,6 +347,10 @@ class Observation:
             if spared > max(smallest, 1_000_000)
             else "free some memory, or run where there is more: one layer and one micro-batch must fit",
         )
+
+    def _free(self, device: torch.device) -> int:
+        """Bytes free on a device; of a host's memory the share of one of the ranks that are there."""
+        return free_memory(device) // (self.ranks.local_count if device.type == "cpu" else 1)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -624,7 +628,6 @@ class Observation:
     def _choose_place(self, run: Run) -> tuple[Place, int]:
         """Where suspended activations are kept, and how many bytes of them."""
         model = self.model
-        share = BUDGET_SHARE["cpu"] / self.ranks.local_count
         on_device = run.activation_budget or default_budget(model, sharing=self.ranks.local_count)
         if run.place is None or run.place == "device":
             per_token = bytes_per_token(model)
@@ -636,14 +639,14 @@ class Observation:
             seconds = on_device / per_token * len(model.layers) / self.compute_rate
             if seconds >= model.nbytes_per_pass / self.disk_rate:
                 return "device", on_device
-            on_host = int(free_memory(torch.device("cpu")) * share)
+            on_host = int(self._free(torch.device("cpu")) * BUDGET_SHARE["cpu"])
             return ("host", on_host) if on_host > on_device else ("device", on_device)
         place = cast(Place, run.place)
         if run.activation_budget is not None:
             return place, run.activation_budget
         if place == "host":
-            return place, int(free_memory(torch.device("cpu")) * share)
-        return place, int(shutil.disk_usage(tempfile.gettempdir()).free * share)
+            return place, int(self._free(torch.device("cpu")) * BUDGET_SHARE["cpu"])
+        return place, int(shutil.disk_usage(tempfile.gettempdir()).free / self.ranks.local_count * BUDGET_SHARE["cpu"])
 
 
 def observe(
@@ -772,11 +775,9 @@ def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:
         model: what is to run.
         sharing: processes that share a host's memory.
     """
-    free = free_memory(model.device) - 2 * model.layer_nbytes
+    free = free_memory(model.device) // (sharing if model.device.type == "cpu" else 1) - 2 * model.layer_nbytes
     if model.device.type == "cuda":
         free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model)) + WORKSPACES["cuda"]
-    else:
-        free //= sharing
     return max(int(free * BUDGET_SHARE[model.device.type]), 1 << 20)
 
 
