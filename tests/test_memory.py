@@ -153,6 +153,13 @@ def test_the_default_budget_of_a_rank_is_a_share_of_what_its_own_layers_leave(
         assert module.default_budget(model, sharing=sharing) == int(left * module.BUDGET_SHARE["cpu"])
 
 
+def test_models_side_by_side_leave_what_two_layers_of_each_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = observation(data, 1 << 30).model, observation(data, 1 << 30).model
+    monkeypatch.setattr(module, "free_memory", lambda device: GB)
+    left = GB - 2 * one.layer_nbytes - 2 * other.layer_nbytes
+    assert module.default_budget(one, other) == int(left * module.BUDGET_SHARE["cpu"])
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [

@@ -768,17 +768,20 @@ def split_into_waves(
     return waves
 
 
-def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:
+def default_budget(*models: StreamedModel, sharing: int = 1) -> int:
     """A share of the memory that is free once two layers are loaded, and on a GPU a micro-batch runs.
 
     Args:
-        model: what is to run.
+        models: what is to run side by side on one device, two layers of each loaded.
         sharing: processes that share a host's memory.
     """
-    free = free_memory(model.device) // (sharing if model.device.type == "cpu" else 1) - 2 * model.layer_nbytes
-    if model.device.type == "cuda":
-        free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model)) + WORKSPACES["cuda"]
-    return max(int(free * BUDGET_SHARE[model.device.type]), 1 << 20)
+    device = models[0].device
+    free = free_memory(device) // (sharing if device.type == "cpu" else 1)
+    free -= sum(2 * model.layer_nbytes for model in models)
+    if device.type == "cuda":
+        free -= sum(model.entry_nbytes for model in models) + WORKSPACES["cuda"]
+        free -= max(_batch_bytes(model, tokens_per_batch(model)) for model in models)
+    return max(int(free * BUDGET_SHARE[device.type]), 1 << 20)
 
 
 def tokens_per_batch(model: StreamedModel) -> int:
