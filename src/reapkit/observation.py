@@ -458,14 +458,18 @@ class Observation:
         """The file that all ranks write sampled tokens to, whole when this ends without an error."""
         assert self.recorder is not None
         header, ranks = self.sample_header(), self.ranks
+        ranks.require_shared(sample)
+        # Whichever rank has sums already has written its part of the sample with them.
+        begun = [own for own in ranks.gather(keep if keep is not None and keep.exists() else None) if own is not None]
+        if begun and not unfinished(sample).exists() and not sample.exists():
+            names = ", ".join(map(str, begun))
+            raise DataError(
+                f"{names}: sums of an interrupted run, and the sample of tokens that belongs to them is missing",
+                hint=f"remove {names} to begin again",
+            )
+        ranks.wait()  # until all have looked for it
         if ranks.rank == 0:
             require_space(sample, header)
-            is_new = not unfinished(sample).exists() and not sample.exists()
-            if is_new and keep is not None and keep.exists():
-                raise DataError(
-                    f"{keep} holds the sums of an interrupted run, and the sample of tokens that belongs to them is missing",
-                    hint=f"remove {keep} to begin again",
-                )
             SampleWriter(sample, header).close()
         ranks.wait()
         writer = SampleWriter(sample, header)
