@@ -51,6 +51,13 @@ def perturbed(original: Path) -> Path:
     return with_tensors(original, original.parent / "perturbed", perturb)
 
 
+@pytest.fixture(scope="module")
+def text(original: Path) -> str:
+    """Three domains, one of them a single document; one document of one token, which predicts nothing."""
+    rows = [*text_rows(14), {"text": "a", "domain": "a"}, {"text": "the one of its kind", "domain": "single"}]
+    return write_jsonl(original.parent / "text.jsonl", rows)
+
+
 def test_waves_hold_what_layers_of_both_models_leave(
     original: Path, perturbed: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,13 +69,6 @@ def test_waves_hold_what_layers_of_both_models_leave(
     monkeypatch.setattr(module, "split_into_waves", lambda *a, **o: budgets.append(o["budget"]) or split(*a, **o))
     compare(original, perturbed, [text], run=RUN, max_length=MAX_LENGTH)
     assert budgets == [int((100 << 20) * observation.BUDGET_SHARE["cpu"])]
-
-
-@pytest.fixture(scope="module")
-def text(original: Path) -> str:
-    """Three domains, one of them a single document; one document of one token, which predicts nothing."""
-    rows = [*text_rows(14), {"text": "a", "domain": "a"}, {"text": "the one of its kind", "domain": "single"}]
-    return write_jsonl(original.parent / "text.jsonl", rows)
 
 
 def test_a_checkpoint_is_equal_to_itself(original: Path, text: str) -> None:

@@ -266,8 +266,8 @@ class StreamedModel:
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
                 self._require_finite(values, targets, stacks or {})
             self._copies.synchronize()
-        names = {info.name: self.format.decoded(info, self.checkpoint.tensors)[0] for info in weights}
-        return targets | {names[name]: value for name, value in values.items()}
+        tensors = self.checkpoint.tensors
+        return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}
 
     def _require_finite(
         self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
