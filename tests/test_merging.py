@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -291,7 +292,8 @@ def test_the_report_of_a_merged_output_says_so_and_how_to_merge_again(ready: Rea
     found = Evidence.gather(tmp_path / "out", ready.statistics)
     *_, command = reporting._commands(found)
     again = [f"reapkit merge {ready.folder} statistics.safetensors --method hc-smoe --keep 5",
-             f"--router {manifest.merging.router} --data {ready.text} --tokens {manifest.merging.tokens} -o out"]  # fmt: skip
+             f"--router {manifest.merging.router} --data {ready.text} --max-length 2048 --dtype float32 --seed 0",
+             f"--tokens {manifest.merging.tokens} -o out"]  # fmt: skip
     assert command == " ".join(again)
 
 
@@ -461,13 +463,15 @@ def test_a_repeated_command_measures_nothing_again_and_writes_the_same_bytes(
         (lambda content: b"\0" * 16, "is damaged or does not hold the similarity"),
         (lambda content: content.replace(b"reapkit-similarity-1", b"reapkit-similarity-9"), "it has no 'reapkit-similarity-1'"),
         (lambda content: content.replace(b"tokens", b"tokans"), "it has no 'tokens'"),
+        (lambda content: content.replace(b"seed", b"sead"), "it has no 'seed'"),
+        (lambda content: content.replace(b"sources", b"sourses"), "it has no 'sources'"),
         (lambda content: content.replace(b'"{\\"digest', b'"[\\"digest'), "its description is not valid JSON"),
         (lambda content: content.replace(b"layers.1.gram_EE", b"layers.1.gram_EF"), "'layers.1.gram_EF' is nothing that belongs there"),
         (lambda content: content.replace(b"layers.1.gram_EE", b"layers.9.gram_EE"), r"layers\.1\.gram_EE is missing"),
         (lambda content: content.replace(b"[8,64]", b"[64,8]"), r"gram_EE of layer 0 is float64 \[8, 8\], not float64 \[64, 64\]"),
         (lambda content: content[:-8] + np.float64("nan").tobytes(), "of layer . holds a value that is not finite"),
     ],
-    ids=["short", "no file of tensors", "another format", "no size", "no JSON", "a stranger", "a gap", "other shapes", "NaN"],
+    ids=["short", "no tensors", "another format", "no size", "no seed", "no sources", "no JSON", "a stranger", "a gap", "shapes", "NaN"],
 )  # fmt: skip
 def test_a_damaged_similarity_is_refused_with_what_is_wrong_with_it(
     small: Ready, tmp_path: Path, change: Callable[[bytes], bytes], sentence: str
@@ -511,6 +515,20 @@ def test_a_folder_with_another_output_is_refused_before_anything_is_measured_and
     with pytest.raises((OutputError, DataError), match=refused[other]):
         merge(small.folder, small.statistics, out, **options)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_reports_command_merges_on_the_same_text_to_the_same_bytes(small: Ready, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", text_rows(9, seed=5))
+    text: dict[str, Any] = {"data": [f"{other}:6"], "tokens": 60, "max_length": 40, "seed": 3}
+    merge(small.folder, small.statistics, tmp_path / "out", method="ream", keep=5, run=RUN, **text)
+    *_, command = reporting._commands(Evidence.gather(tmp_path / "out", small.statistics))
+    words = shlex.split(command.replace(" statistics.safetensors ", f" {small.statistics} "))
+    assert words[0] == "reapkit" and words[-2:] == ["-o", "out"]
+    result = CliRunner().invoke(app, [*words[1:-1], str(tmp_path / "again"), "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert Manifest.load(tmp_path / "again") == Manifest.load(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def in_merging(**entries: Any) -> Callable[[dict[str, Any]], None]:
@@ -682,6 +700,8 @@ def test_mtp_layers_are_neither_run_nor_merged_and_keep_the_centres_of_the_last_
     layer = max(manifest.kept)
     assert manifest.merging is not None and layer == NUM_LAYERS and layer not in manifest.merging.groups
     assert manifest.unmeasured == {layer: layer - 1} and manifest.kept[layer] == manifest.kept[layer - 1]
+    *_, command = reporting._commands(Evidence.gather(tmp_path / "out"))
+    assert command.endswith(f" --tokens 50 -o out --mtp same-as-layer-{layer - 1}")
     assert verify(tmp_path / "out").problems == ()
     before, after = tiny.load_tensors(source), tiny.load_tensors(tmp_path / "out")
     for place, centre in enumerate(manifest.kept[layer]):

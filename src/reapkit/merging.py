@@ -26,11 +26,9 @@ from reapkit.outputs import alone, save
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import HINT, Format, read_format
-from reapkit.shards import LOCK_NAME, OWN_FOLDER, Manifest
-from reapkit.similarity import Similarities
+from reapkit.shards import LOCK_NAME, Manifest
+from reapkit.similarity import SIMILARITY_NAME, Similarities
 from reapkit.statistics import Statistics
-
-SIMILARITY_NAME = f"{OWN_FOLDER}/similarity.safetensors"
 
 
 def merge(

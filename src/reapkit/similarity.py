@@ -33,9 +33,21 @@ from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
 from reapkit.observation import MAX_SUSPENDED, Observation, bytes_per_token, split_into_waves, tokens_per_batch
 from reapkit.progress import Progress, silent
-from reapkit.tensors import as_count, as_table, as_text, name_by_layer, parse_json, read_header, split_by_layer
+from reapkit.tensors import (
+    MAX_NUMBER,
+    as_count,
+    as_list,
+    as_table,
+    as_text,
+    name_by_layer,
+    parse_json,
+    read_header,
+    split_by_layer,
+)
 
 FORMAT = "reapkit-similarity-1"
+# Where merging keeps it in an output's folder.
+SIMILARITY_NAME = "reapkit/similarity.safetensors"
 # Mean outputs of experts and products of logits settle long before saliency does: the papers take 32 sequences of 2,048 tokens at most.
 # More costs E times what observing them costs.
 SAMPLE_TOKENS = 16_384
@@ -55,12 +67,14 @@ class Similarities:
         tokens: size of the sample.
         digest: of the text that the sample was taken from.
         settings: of the observation, and the layout's fingerprint.
+        sources: what was read, for people.
     """
 
     layers: Mapping[int, Similarity]
     tokens: int
     digest: str
     settings: Mapping[str, Any]
+    sources: tuple[Mapping[str, Any], ...]
 
     def save(self, path: Path) -> None:
         """Write to one safetensors file.
@@ -68,7 +82,7 @@ class Similarities:
         Raises:
             OutputError: the system refuses.
         """
-        described = {"tokens": self.tokens, "digest": self.digest, "settings": dict(self.settings)}
+        described = {name: getattr(self, name) for name in ("tokens", "digest", "settings", "sources")}
         metadata = {FORMAT: json.dumps(described, sort_keys=True)}
         outputs.save(path, encode(name_by_layer(self.layers, _PARTS), metadata=metadata))
 
@@ -89,7 +103,12 @@ class Similarities:
             }
             for index, layer in layers.items():
                 _require_consistent(index, layer)
-            return cls(layers, tokens, as_text(described["digest"]), as_table(described["settings"]))
+            settings, sources = as_table(described["settings"]), tuple(map(as_table, as_list(described["sources"])))
+            for value in (settings["dtype"], *(source["source"] for source in sources)):
+                as_text(value)
+            for name in ("max_length", "sample", "seed"):
+                as_count(settings[name], least=-MAX_NUMBER)
+            return cls(layers, tokens, as_text(described["digest"]), settings, sources)
         except (ReapkitError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
@@ -168,9 +187,12 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
         ):
             forwards.run_layers(after_batch)
     assert all(layer.tokens == data.num_tokens for layer in sums.values())
-    settings = settings_of(observation, tokens=tokens)
     return Similarities(
-        {index: layer.similarity() for index, layer in sums.items()}, data.num_tokens, observation.data.digest, settings
+        {index: layer.similarity() for index, layer in sums.items()},
+        data.num_tokens,
+        observation.data.digest,
+        settings_of(observation, tokens=tokens),
+        tuple(source.to_json() for source in observation.data.sources),
     )
 
 
