@@ -190,7 +190,8 @@ def plan(study: Study, cell: Cell) -> dict[int, list[int]]:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         criterion, _, weights = cell.method.partition(" ")
-        words = ["--criterion", criterion, "--ratio", cell.ratio, "--seed", cell.seed, "-o", path, "--json"]
+        words = ["--criterion", criterion, "--ratio", cell.ratio, "-o", path, "--json"]
+        words += ["--seed", cell.seed] if criterion == "random" else []
         words += ["--weights", weights] if weights else []
         try:
             reapkit("plan", study.folder(cell.calibration, cell.seed) / "statistics.safetensors", *words)

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from reapkit import cli, shards
+from reapkit import cli, reporting, shards
 from reapkit.cli import app, parse_size
 from reapkit.errors import UsageError
 from reapkit.statistics import Statistics
@@ -86,6 +86,26 @@ def test_the_whole_way_step_by_step_and_in_one_gives_the_same_checkpoint(
         if (pruned / name).is_file():
             assert (pruned / name).read_bytes() == (compressed / name).read_bytes(), name
     assert (compressed / "reapkit/statistics.safetensors").read_bytes() == statistics.read_bytes()
+
+
+def test_compress_rounds_up_what_stays_as_plan_does_and_both_write_it_down(
+    model: Path, text: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = ("--ratio", "0.3", "--divisible-by", "4")
+    planned = run("plan", statistics, *size, "-o", tmp_path / "plan.json")
+    compressed = run("compress", model, "--data", text, *size, "-o", tmp_path / "out")
+    for result in (planned, compressed):
+        assert result.exit_code == 0 and "keeping 8 of 8 experts: 6 rounded up, to divide by 4" in result.stderr
+    plan = read_json(tmp_path / "plan.json")
+    assert plan == read_json(tmp_path / "out/reapkit/plan.json")
+    assert plan["num_kept"] == 8 and plan["options"] == {"divisible-by": "4"}
+    assert "options" in answer("plan", model, "--criterion", "random", *size, "-o", tmp_path / "random.json")
+    assert read_json(tmp_path / "random.json")["options"] == {"divisible-by": "4"}
+    *_, again, _ = reporting._commands(reporting.Evidence.gather(tmp_path / "out"))
+    assert again.startswith("reapkit plan statistics.safetensors --criterion reap --divisible-by 4 --keep 8")
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    refused = run("compress", model, "--data", text, "--keep", "4", "--divisible-by", "9", "-o", tmp_path / "x")
+    assert refused.exit_code == 1 and "no number of experts from 4 to 8 divides by 9" in refused.stderr
 
 
 def test_compress_does_not_observe_again_what_an_interrupted_run_observed(
@@ -376,6 +396,57 @@ def test_a_mistake_is_answered_with_a_sentence_and_the_contracts_exit_code(
     result = run(*(argument.format(**places) for argument in arguments))
     assert (result.exit_code, sentence in result.stderr) == (code, True), result.stderr
     assert result.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("plan {statistics} --weights residual", "--weights does not go with --criterion reap"),
+        ("plan {statistics} --seed 0", "--seed does not go with --criterion reap"),
+        ("plan {statistics} --revision main", "--revision does not go with --criterion reap"),
+        ("plan {statistics} --private", "--private does not go with plan without --publish"),
+        ("plan {statistics} --criterion random --blend uniform", "--blend does not go with --criterion random"),
+        ("plan {statistics} --criterion random --revision x", "--revision does not go with --criterion random on statistics"),
+        ("plan {model} --criterion random --protect super", "--protect does not go with --criterion random on a checkpoint"),
+        ("plan {model} --criterion aimer --protect super", "--protect does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --evidence", "--evidence does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --weights plain", "--weights does not go with --criterion aimer"),
+        ("plan {model} --criterion aimer --seed 1", "--seed does not go with --criterion aimer"),
+        ("plan {model} --recover {model}", "--keep does not go with --recover"),
+        ("plan {model} --recover {model} --publish a/b", "--keep does not go with --recover"),
+        ("compress {model} --data {text} --weights plain", "--weights does not go with --criterion reap"),
+        ("compress {model} --data {text} --reroute-tokens 5", "--reroute-tokens does not go with --criterion reap"),
+        ("compress {model} --data {text} --criterion aimer --blend uniform", "--blend does not go with --criterion aimer"),
+        ("observe {model} --data {text}", "--keep does not go with observe without --until-stable"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(
+    words: str,
+    refused: str,
+    model: Path,
+    text: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reapkit.observation.Observation.__init__", lambda *_, **__: pytest.fail("began"))
+    places = {"model": model, "text": text, "statistics": statistics}
+    result = run(*words.format(**places).split(), "--keep", "4", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and f"error: {refused}, which would ignore it" in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--evidence", "--publish=a/b", "--private", "--criterion=reap", "--blend=uniform"])
+def test_a_recovered_choice_takes_no_option_of_choosing(model: Path, tmp_path: Path, option: str) -> None:
+    result = run("plan", model, "--recover", model, option, "-o", tmp_path / "plan.json")
+    assert result.exit_code == 2 and f"{option.partition('=')[0]} does not go with --recover" in result.stderr
+
+
+def test_options_of_parts_that_are_left_out_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    result = run("observe", model, "--data", text, "--reroute-candidates", "4", "-o", tmp_path / "s")
+    assert result.exit_code == 2 and "does not go with observe without --reroute-tokens" in result.stderr
+    result = run("compare", model, model, "--data", text, "--max-tokens", "5")
+    assert result.exit_code == 2 and "--max-tokens does not go with compare without --prompts" in result.stderr
 
 
 def test_a_mistyped_verb_or_option_names_the_nearest(model: Path) -> None:

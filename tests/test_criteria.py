@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reapkit import plans
-from reapkit.criteria import CRITERIA, OTHERS, RANDOM, check, score, score_at_random
+from reapkit.criteria import CRITERIA, OPTIONS, OTHERS, RANDOM, USED, check, require_used, score, score_at_random
 from reapkit.errors import UsageError
 from reapkit.statistics import LayerStatistics
 
@@ -51,6 +51,18 @@ def observed() -> LayerStatistics:
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_a_criterion_equals_the_hand_computation(criterion: str) -> None:
     np.testing.assert_allclose(score({7: observed()}, criterion).score_E[7], BY_HAND[criterion], rtol=1e-15)
+
+
+def test_every_criterion_says_which_options_it_uses_and_refuses_the_others() -> None:
+    assert USED.keys() == {*CRITERIA, *OTHERS}
+    for criterion, used in USED.items():
+        require_used(criterion, {*used, "ratio", "keep"})
+        for option in OPTIONS - used:
+            with pytest.raises(UsageError) as caught:
+                require_used(criterion, {option})
+            name = "--" + option.replace("_", "-")
+            assert caught.value.message == f"{name} does not go with --criterion {criterion}, which would ignore it"
+            assert caught.value.hint == f"leave out {name}"
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))

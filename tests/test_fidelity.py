@@ -16,7 +16,7 @@ import torch
 
 import tiny
 from conftest import PlanFor
-from reapkit import compression
+from reapkit import compression, observation
 from reapkit import fidelity as module
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
@@ -56,6 +56,19 @@ def text(original: Path) -> str:
     """Three domains, one of them a single document; one document of one token, which predicts nothing."""
     rows = [*text_rows(14), {"text": "a", "domain": "a"}, {"text": "the one of its kind", "domain": "single"}]
     return write_jsonl(original.parent / "text.jsonl", rows)
+
+
+def test_waves_hold_what_layers_of_both_models_leave(
+    original: Path, perturbed: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two layers of each, and 100 MiB."""
+    layer = streamed_model(original).layer_nbytes
+    monkeypatch.setattr(observation, "free_memory", lambda device: 4 * layer + (100 << 20))
+    budgets = []
+    split = module.split_into_waves
+    monkeypatch.setattr(module, "split_into_waves", lambda *a, **o: budgets.append(o["budget"]) or split(*a, **o))
+    compare(original, perturbed, [text], run=RUN, max_length=MAX_LENGTH)
+    assert budgets == [int((100 << 20) * observation.BUDGET_SHARE["cpu"])]
 
 
 def test_a_checkpoint_is_equal_to_itself(original: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from reapkit.errors import ResourceError
 from reapkit.memory import free_host_memory, free_memory
 from reapkit.modules import SuspendedForwards
 from reapkit.observation import ACTIVATIONS, Observation, Run
+from reapkit.ranks import Ranks
 from reapkit.statistics import Statistics
 
 GB = 10**9
@@ -126,6 +127,37 @@ def test_memory_for_less_than_one_micro_batch_has_no_budget_that_fits(
     with pytest.raises(ResourceError) as caught:
         planned.run()
     assert caught.value.hint == "free some memory, or run where there is more: one layer and one micro-batch must fit"
+
+
+def test_ranks_on_one_host_share_its_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = observation(data, 1 << 30)
+    needed = sum(alone.memory().values())
+    monkeypatch.setattr(module, "free_memory", lambda device: 2 * needed - 2)
+    alone.require_memory()
+    alone.ranks = Ranks(0, 4, 0, 2)  # two hosts, two ranks on each
+    with pytest.raises(ResourceError, match=rf"and {(needed - 1) / 1e9:,.2f} GB are free"):
+        alone.require_memory()
+    alone.place = "host"
+    monkeypatch.setattr(module, "free_memory", lambda device: 2 * alone.held_bytes - 2)
+    with pytest.raises(ResourceError, match="suspended activations take"):
+        alone.require_memory()
+
+
+def test_the_default_budget_of_a_rank_is_a_share_of_what_its_own_layers_leave(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = observation(data, 1 << 30).model
+    monkeypatch.setattr(module, "free_memory", lambda device: GB)
+    for sharing in (1, 2):
+        left = GB // sharing - 2 * model.layer_nbytes
+        assert module.default_budget(model, sharing=sharing) == int(left * module.BUDGET_SHARE["cpu"])
+
+
+def test_models_side_by_side_leave_what_two_layers_of_each_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = observation(data, 1 << 30).model, observation(data, 1 << 30).model
+    monkeypatch.setattr(module, "free_memory", lambda device: GB)
+    left = GB - 2 * one.layer_nbytes - 2 * other.layer_nbytes
+    assert module.default_budget(one, other) == int(left * module.BUDGET_SHARE["cpu"])
 
 
 @pytest.mark.parametrize(

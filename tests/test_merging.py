@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,17 @@ from typer.testing import CliRunner
 
 import tiny
 from families import FAMILIES, NUM_LAYERS, Family, make
-from reapkit import clusters, observe, plans, prune, reporting, shards, similarity, verify
+from reapkit import clusters, merging, observe, plans, prune, reporting, shards, similarity, verify
 from reapkit import layout as layouts
+from reapkit import observation as observations
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.cli import app
 from reapkit.clusters import METHODS, Group, Merging, Similarity
-from reapkit.errors import CheckpointError, OutputError, PlanError, UnsupportedError, UsageError
+from reapkit.errors import CheckpointError, DataError, OutputError, PlanError, UnsupportedError, UsageError
 from reapkit.layout import Identity
 from reapkit.merging import match_neurons, merge
+from reapkit.modules import StreamedModel, SuspendedForwards
 from reapkit.neurons import ExpertTensors, encode_orders, read_orders
 from reapkit.observation import Observation, Run
 from reapkit.plans import PruningPlan
@@ -287,7 +292,8 @@ def test_the_report_of_a_merged_output_says_so_and_how_to_merge_again(ready: Rea
     found = Evidence.gather(tmp_path / "out", ready.statistics)
     *_, command = reporting._commands(found)
     again = [f"reapkit merge {ready.folder} statistics.safetensors --method hc-smoe --keep 5",
-             f"--router {manifest.merging.router} --data {ready.text} --tokens {manifest.merging.tokens} -o out"]  # fmt: skip
+             f"--router {manifest.merging.router} --data {ready.text} --max-length 2048 --dtype float32 --seed 0",
+             f"--tokens {manifest.merging.tokens} -o out"]  # fmt: skip
     assert command == " ".join(again)
 
 
@@ -375,6 +381,33 @@ def test_similarity_is_what_plain_hooks_see(ready: Ready) -> None:
             np.testing.assert_allclose(similar.gated_ED[expert], gated.detach(), rtol=1e-3, atol=1e-5)
 
 
+def test_similarity_is_measured_within_the_activation_budget_to_the_same_numbers(
+    small: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(observations.TOKENS_PER_BATCH, "cpu", 64)
+    held = 64 * observations.HELD_STATES * 64 * 4  # of one micro-batch: hidden size 64, float32
+    observation = Observation(
+        small.folder, [small.text], run=replace(RUN, activation_budget=held), max_length=32, seed=0
+    )
+    most = 0
+
+    class Counting(SuspendedForwards):
+        def __init__(self, model: Any, inputs: Any, **options: Any) -> None:
+            nonlocal most
+            most = max(most, sum(ids_BT.size for ids_BT in inputs))
+            super().__init__(model, inputs, **options)
+
+    monkeypatch.setattr(similarity, "SuspendedForwards", Counting)
+    found = measure(observation, tokens=300)
+    assert 0 < most <= 64 < found.tokens
+    observation = Observation(small.folder, [small.text], run=RUN, max_length=32, seed=0)
+    wanted = measure(observation, tokens=300)
+    assert most > 64
+    for index, layer in wanted.layers.items():
+        for name in ("output_ED", "gated_ED", "gram_EE", "inputs_ND"):
+            np.testing.assert_array_equal(getattr(found.layers[index], name), getattr(layer, name))
+
+
 def test_router_rows_and_biases_are_averaged_where_that_is_asked_for(ready: Ready, tmp_path: Path) -> None:
     manifest = ready.merge(tmp_path / "out", "m-smoe", router="average")
     assert manifest.merging is not None and verify(tmp_path / "out").problems == ()
@@ -421,6 +454,144 @@ def test_a_repeated_command_measures_nothing_again_and_writes_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     with pytest.raises(OutputError, match="not empty"):
         merge(small.folder, small.statistics, out, **options | {"method": "m-smoe"})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content[:-1], "is damaged or does not hold the similarity of experts: .* is truncated"),
+        (lambda content: b"\0" * 16, "is damaged or does not hold the similarity"),
+        (lambda content: content.replace(b"reapkit-similarity-1", b"reapkit-similarity-9"), "it has no 'reapkit-similarity-1'"),
+        (lambda content: content.replace(b"tokens", b"tokans"), "it has no 'tokens'"),
+        (lambda content: content.replace(b"seed", b"sead"), "it has no 'seed'"),
+        (lambda content: content.replace(b"sources", b"sourses"), "it has no 'sources'"),
+        (lambda content: content.replace(b'"{\\"digest', b'"[\\"digest'), "its description is not valid JSON"),
+        (lambda content: content.replace(b"layers.1.gram_EE", b"layers.1.gram_EF"), "'layers.1.gram_EF' is nothing that belongs there"),
+        (lambda content: content.replace(b"layers.1.gram_EE", b"layers.9.gram_EE"), r"layers\.1\.gram_EE is missing"),
+        (lambda content: content.replace(b"[8,64]", b"[64,8]"), r"gram_EE of layer 0 is float64 \[8, 8\], not float64 \[64, 64\]"),
+        (lambda content: content[:-8] + np.float64("nan").tobytes(), "of layer . holds a value that is not finite"),
+    ],
+    ids=["short", "no tensors", "another format", "no size", "no seed", "no sources", "no JSON", "a stranger", "a gap", "shapes", "NaN"],
+)  # fmt: skip
+def test_a_damaged_similarity_is_refused_with_what_is_wrong_with_it(
+    small: Ready, tmp_path: Path, change: Callable[[bytes], bytes], sentence: str
+) -> None:
+    path = tmp_path / "out/reapkit/similarity.safetensors"
+    small.similar.save(path)
+    assert Similarities.load(path).settings == small.similar.settings
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=sentence) as caught:
+        merge(small.folder, small.statistics, tmp_path / "out", method="ream", keep=5, data=[small.text], run=RUN)
+    assert caught.value.hint == "remove it and repeat the command, which measures it again"
+
+
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("other", ["a pruned checkpoint", "another method", "other text", "another sample"])
+def test_a_folder_with_another_output_is_refused_before_anything_is_measured_and_left_as_it_is(
+    small: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, is_finished: bool
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"method": "ream", "keep": 5, "data": [small.text], "run": RUN, "tokens": 100}
+    with monkeypatch.context() as patch:
+        if not is_finished:
+            patch.setattr(shards, "_write_shard", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with nullcontext() if is_finished else pytest.raises(OutputError, match="the disk is full"):
+            if other == "a pruned checkpoint":
+                prune(small.folder, plans.plan(small.statistics, keep=5), out)
+            else:
+                merge(small.folder, small.statistics, out, **options)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options |= {"another method": {"method": "m-smoe"}, "another sample": {"tokens": 60}}.get(other, {})
+    if other == "other text":
+        options["data"] = [write_jsonl(tmp_path / "text.jsonl", text_rows(9, seed=5))]
+    refused = {
+        "a pruned checkpoint": "is not empty" if is_finished else "holds the unfinished output of another command",
+        "another method": "is not empty" if is_finished else r"of another command \(other merging\)",
+        "other text": "was measured on another model, text or settings: other text",
+        "another sample": "was measured on another model, text or settings: other sample",
+    }
+    monkeypatch.setattr(similarity, "measure", lambda *arguments, **named: pytest.fail("measured"))
+    monkeypatch.setattr(merging, "match_neurons", lambda *arguments, **named: pytest.fail("matched"))
+    with pytest.raises((OutputError, DataError), match=refused[other]):
+        merge(small.folder, small.statistics, out, **options)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_reports_command_merges_on_the_same_text_to_the_same_bytes(small: Ready, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", text_rows(9, seed=5))
+    text: dict[str, Any] = {"data": [f"{other}:6"], "tokens": 60, "max_length": 40, "seed": 3}
+    merge(small.folder, small.statistics, tmp_path / "out", method="ream", keep=5, run=RUN, **text)
+    *_, command = reporting._commands(Evidence.gather(tmp_path / "out", small.statistics))
+    words = shlex.split(command.replace(" statistics.safetensors ", f" {small.statistics} "))
+    assert words[0] == "reapkit" and words[-2:] == ["-o", "out"]
+    result = CliRunner().invoke(app, [*words[1:-1], str(tmp_path / "again"), "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert Manifest.load(tmp_path / "again") == Manifest.load(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def in_merging(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest["merging"].update(entries)
+
+
+def in_group(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    """Of the first group of layer 1, which has two members or more."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        first = next(group for group in manifest["merging"]["groups"]["1"] if len(group["members"]) > 1)
+        first |= {name: value(first[name]) if callable(value) else value for name, value in entries.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda manifest: manifest.pop("merging"), "KeyError 'merging'"),
+        (lambda manifest: manifest.update(merging=[]), r"\[\] is not a table"),
+        (lambda manifest: manifest.update(merging="ream"), "'ream' is not a table"),
+        (lambda manifest: manifest["merging"].pop("groups"), "KeyError 'groups'"),
+        (lambda manifest: manifest["merging"].pop("digest"), "KeyError 'digest'"),
+        (lambda manifest: manifest["merging"]["groups"].pop("1"), r"in the layers \[0, 1, 2\] and merged in \[0, 2\]"),
+        (lambda manifest: manifest["merging"]["groups"].update({"1": []}), "layer 1 do not hold every expert once"),
+        (lambda manifest: manifest["merging"]["groups"].update({"x": []}), "invalid literal"),
+        (lambda manifest: manifest["merging"]["groups"]["1"].pop(), "layer 1"),
+        (lambda manifest: manifest["before"].update(num_experts=9), "layer 0 do not hold 9 experts"),
+        (lambda manifest: manifest["kept"]["1"].reverse(), "layer 1 are not those of the kept experts"),
+        (in_merging(method="reem"), "experts are not merged by 'reem'"),
+        (in_merging(router="center"), "with routers by 'center'"),
+        (in_merging(method=["ream"]), r"\['ream'\] is not a string"),
+        (in_merging(groups=[1]), r"\[1\] is not a table"),
+        (in_merging(groups={"1": {}}), r"\{\} is not a list"),
+        (in_merging(groups={"1": [7]}), "7 is not a table"),
+        (in_merging(tokens=-1), "-1 is not a whole number from 0"),
+        (in_merging(tokens=1.5), "1.5 is not a whole number"),
+        (in_merging(digest=None), "None is not a string"),
+        (in_merging(alignment=7), "7 is not a string"),
+        (in_group(members=[]), "is no group of experts"),
+        (in_group(members="01"), "'01' is not a list"),
+        (in_group(members=lambda members: [*members[:-1], -1]), "-1 is not a whole number"),
+        (in_group(members=lambda members: [*members[:-1], 1.5]), "1.5 is not a whole number"),
+        (in_group(members=lambda members: [*members[:-1], 8]), "layer 1 do not hold every expert once"),
+        (in_group(members=lambda members: [*members[:-1], members[0]]), "layer 1 do not hold every expert once"),
+        (in_group(weights=lambda weights: weights[:-1]), "is no group of experts with a share for each"),
+        (in_group(weights=lambda weights: [2.0] * len(weights)), "is no group of experts"),
+        (in_group(weights=lambda weights: [0.25] + [0.0] * (len(weights) - 1)), "is no group of experts"),
+        (in_group(weights=lambda weights: [None] * len(weights)), "is no group of experts"),
+    ],
+)  # fmt: skip
+def test_a_manifest_whose_merging_is_damaged_is_refused_with_what_is_wrong_with_it(
+    small: Ready, tmp_path: Path, change: Callable[[dict[str, Any]], None], sentence: str
+) -> None:
+    source = small.folder.with_name("merged")
+    if not source.exists():
+        small.merge(source, "hc-smoe")
+    described = tiny.read_json(source / "reapkit.json")
+    change(described)
+    tiny.write_json(tmp_path / "reapkit.json", described)
+    with pytest.raises(CheckpointError, match=rf"reapkit.json in .* is damaged: .*{sentence}"):
+        Manifest.load(tmp_path)
 
 
 def damage(path: Path, name: str) -> None:
@@ -516,16 +687,21 @@ def test_matching_neurons_needs_scipy_and_says_so(
     assert caught.value.hint == "pip install 'reapkit[merge]'"
 
 
-def test_mtp_layers_are_not_merged_and_keep_the_centres_of_the_last_layer(text: str, tmp_path: Path) -> None:
+def test_mtp_layers_are_neither_run_nor_merged_and_keep_the_centres_of_the_last_layer(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = next(family for family in FAMILIES if family.name == "GLM-4.5")
     source = tmp_path / "source"
     make(family, source, mtp=True)
     tiny.add_tokenizer(source)
     statistics = observe(source, [text], run=RUN)
+    monkeypatch.setattr(StreamedModel, "fetch_mtp", lambda model: pytest.fail("MTP layers were run"))
     manifest = merge(source, statistics, tmp_path / "out", method="m-smoe", ratio=0.25, data=[text], run=RUN, tokens=50)
     layer = max(manifest.kept)
     assert manifest.merging is not None and layer == NUM_LAYERS and layer not in manifest.merging.groups
     assert manifest.unmeasured == {layer: layer - 1} and manifest.kept[layer] == manifest.kept[layer - 1]
+    *_, command = reporting._commands(Evidence.gather(tmp_path / "out"))
+    assert command.endswith(f" --tokens 50 -o out --mtp same-as-layer-{layer - 1}")
     assert verify(tmp_path / "out").problems == ()
     before, after = tiny.load_tensors(source), tiny.load_tensors(tmp_path / "out")
     for place, centre in enumerate(manifest.kept[layer]):

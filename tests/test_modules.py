@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError
 from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
+from reapkit.quantization import Format
+from reapkit.tensors import TensorInfo
 from streaming import full_logits, full_model, streamed_logits, streamed_model, token_batches, with_tensors
 
 ROUTERS = ("gate.weight", "e_score_correction_bias")
@@ -66,6 +69,23 @@ def test_streamed_logits_equal_the_whole_models_bit_for_bit_and_eager_ones_close
         assert torch.equal(ours, reference)
         torch.testing.assert_close(ours, independent, rtol=0, atol=1e-5)
     require_nothing_left(model)
+
+
+@pytest.mark.parametrize("name", ["m2", "m2-fp8"])
+def test_the_format_is_asked_once_what_a_tensor_is_called(
+    checkpoints: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed_model(checkpoints[name])
+    asked: Counter[str] = Counter()
+    decoded = Format.decoded
+
+    def counting(self: Format, info: TensorInfo, tensors: Any) -> Any:
+        asked[info.name] += 1
+        return decoded(self, info, tensors)
+
+    monkeypatch.setattr(Format, "decoded", counting)
+    model.fetch(1)
+    assert sum(".experts." in tensor for tensor in asked) == 3 * tiny.NUM_EXPERTS and set(asked.values()) == {1}
 
 
 @pytest.mark.parametrize("name", ["m2-bf16", "m2-fp8"])

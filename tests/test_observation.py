@@ -25,7 +25,7 @@ from reapkit.errors import DataError, PlanError, UnsupportedError, UsageError
 from reapkit.modules import load_tokenizer
 from reapkit.observation import Observation, Run, observe, split_into_waves
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, LayerStatistics, Statistics, combine
-from streaming import full_model, text_rows, with_tensors, write_jsonl
+from streaming import full_model, streamed_model, text_rows, with_tensors, write_jsonl
 
 MAX_LENGTH = 48
 RUN = Run(device="cpu", dtype="float32")
@@ -351,7 +351,7 @@ def test_a_weight_that_is_not_finite_is_named(
 
 
 @pytest.mark.parametrize("where", ["value", "scale"])
-def test_an_fp8_weight_or_scale_that_is_nan_is_named_with_its_weight(
+def test_an_fp8_weight_or_scale_that_is_nan_is_named(
     checkpoints: dict[str, Path], text: str, tmp_path: Path, where: str
 ) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -363,9 +363,49 @@ def test_an_fp8_weight_or_scale_that_is_nan_is_named_with_its_weight(
             tensors[name + "_scale_inv"].view(-1)[0] = math.nan
 
     folder = with_tensors(checkpoints["m2-fp8"], tmp_path / "m2", plant)
-    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in .* holds NaN or infinity") as caught:
+    scale = rf"'{re.escape(name)}_scale_inv' in model-1.safetensors, a scale of '{re.escape(name)}',"
+    named = rf"'{re.escape(name)}' in model-1.safetensors" if where == "value" else scale
+    with pytest.raises(DataError, match=rf"^{named} holds NaN or infinity: 1 of "):
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
-    assert ("1 of" in caught.value.message) == (where == "value")
+
+
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES.keys())
+def test_a_finite_weight_beyond_the_range_of_the_computation_is_named_unless_it_keeps_its_own(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[7] = -7e4
+
+    model = streamed_model(with_tensors(checkpoints["m2"], tmp_path / "m2", plant), dtype=torch.float16)
+
+    def load() -> None:
+        model.load_entry()
+        for layer in range(3):
+            model.load(layer, model.fetch(layer))
+
+    if name in (PLACES["a router"], PLACES["a selection bias"]):  # stored as F32, they stay so
+        load()
+        values = model.module.state_dict()[model.in_memory_name(name)]
+        assert values.dtype == torch.float32 and values.view(-1)[7] == -7e4
+        return
+    with pytest.raises(DataError, match=rf"'{re.escape(name)}' in .* holds values beyond the range of float16: 1 of "):
+        load()
+
+
+def test_a_quantised_weight_that_is_finite_until_it_is_rounded_is_told_from_a_damaged_one(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name + "_scale_inv"].view(-1)[0] = 1e4
+
+    model = streamed_model(with_tensors(checkpoints["m2-fp8"], tmp_path / "m2", plant), dtype=torch.float16)
+    with pytest.raises(
+        DataError, match=rf"'{re.escape(name)}' in .* holds values beyond the range of float16"
+    ) as caught:
+        model.fetch(1)
+    assert caught.value.hint == "--dtype float32"
 
 
 def test_an_activation_that_overflows_in_a_later_micro_batch_is_named_with_it(

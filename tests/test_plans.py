@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from conftest import PlanFor
-from reapkit import plans
+from reapkit import compression, plans
 from reapkit.criteria import Scores
 from reapkit.errors import PlanError, UsageError
 from reapkit.layout import Identity
@@ -100,6 +100,26 @@ def test_kept_experts_are_ascending_numbers_of_the_layer(kept: tuple[int, ...], 
 def test_every_layer_keeps_equally_many() -> None:
     with pytest.raises(PlanError, match=r"equally many experts in every layer, and this one keeps \[2, 3\]"):
         plan(kept={0: (1, 2, 3), 1: (1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"criterion": "random", "blend": "uniform"}, "--blend does not go with --criterion random,"),
+        ({"criterion": "random", "protect": "super"}, "--protect does not go with --criterion random on a checkpoint,"),
+        ({"criterion": "random", "weights": "plain"}, "--weights does not go with --criterion random,"),
+    ],
+)
+def test_choosing_refuses_what_it_would_not_use(m2: Path, options: dict[str, Any], refused: str) -> None:
+    with pytest.raises(UsageError, match=refused):
+        plans.choose(m2, keep=5, **options)
+
+
+def test_compressing_refuses_what_it_would_not_use(m2: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--reroute-candidates does not go with --criterion frequency,"):
+        compression.compress(
+            m2, tmp_path / "out", compression.Target(keep=4, criterion="frequency", reroute_candidates=4)
+        )
 
 
 def test_a_saved_plan_is_read_back_and_has_a_line_per_layer(tmp_path: Path) -> None:

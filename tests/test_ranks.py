@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 import tiny
 from reapkit import observation as module
 from reapkit.cli import app
-from reapkit.errors import ResourceError, UsageError
+from reapkit.errors import ReapkitError, UsageError
 from reapkit.observation import Observation, Run
 from reapkit.ranks import Ranks
+from reapkit.rerouting import Reroute
+from reapkit.samples import RoutedSamples, beside
 from reapkit.statistics import SUM_NAMES, Statistics
 from streaming import text_rows, write_jsonl
 
@@ -29,15 +31,15 @@ CONTEXT.set_forkserver_preload(
 COUNT = 4
 
 
-def observation(folder: Path, text: str, ranks: Ranks | None = None) -> Observation:
+def observation(folder: Path, text: str, ranks: Ranks | None = None, reroute: Reroute | None = None) -> Observation:
     module.TOKENS_PER_BATCH["cpu"] = 100
     run = Run(device="cpu", dtype="float32", activation_budget=60_000)
-    return Observation(folder, [text], run=run, max_length=48, seed=0, ranks=ranks)
+    return Observation(folder, [text], run=run, max_length=48, seed=0, ranks=ranks, reroute=reroute)
 
 
-def work(folder: Path, text: str, out: Path, environment: dict[str, str], die: bool) -> None:
+def work(folder: Path, text: str, out: Path, environment: dict[str, str], die: bool, reroute: Reroute | None) -> None:
     os.environ |= environment
-    seen = observation(folder, text, Ranks.from_environment())
+    seen = observation(folder, text, Ranks.from_environment(), reroute)
 
     def progress(task: str, done: float, total: float, unit: str) -> None:
         if die and done > total / 2:
@@ -45,21 +47,32 @@ def work(folder: Path, text: str, out: Path, environment: dict[str, str], die: b
 
     try:
         seen.write(out, progress=progress)
-    except ResourceError as error:
+    except ReapkitError as error:
         print(error, error.hint)
         out.with_name(f"error-{seen.ranks.rank}").write_text(f"{error.message}\n{error.hint}")
         os._exit(1)
 
 
-def start(folder: Path, text: str, out: Path, *, dying: Sequence[int] = ()) -> list[int | None]:
+def start(
+    folder: Path,
+    text: str,
+    out: Path,
+    *,
+    dying: Sequence[int] = (),
+    count: int = COUNT,
+    reroute: Reroute | None = None,
+    apart: bool = False,
+) -> list[int | None]:
+    """Observe with so many ranks, each with a folder of its own where they are `apart`; their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     children = []
-    for rank in range(COUNT):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT)}
-        child = CONTEXT.Process(target=work, args=(folder, text, out, shared | own, rank in dying))
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        place = out.parent / f"host-{rank}" / out.name if apart else out
+        child = CONTEXT.Process(target=work, args=(folder, text, place, shared | own, rank in dying, reroute))
         child.start()
         children.append(child)
     for child in children:
@@ -107,6 +120,49 @@ def test_four_ranks_observe_what_one_process_does_and_go_on_when_one_has_died(
     assert start(model, text, out) == [0, 0, 0, 0]
     require_close(alone, Statistics.load(out))
     assert sorted(path.name for path in out.parent.iterdir()) == ["error-0", "error-1", "error-3", "statistics"]
+
+
+def test_two_ranks_fill_one_sample_and_do_not_go_on_without_what_one_of_them_wrote(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.TOKENS_PER_BATCH, "cpu", 100)
+    reroute = Reroute(tokens=300, candidates=4)
+    alone, out = tmp_path / "alone.safetensors", tmp_path / "out/s.safetensors"
+    observation(model, text, reroute=reroute).write(alone)
+    assert start(model, text, out, count=2, reroute=reroute, dying=[0]) == [9, 1]
+    sums = [Path(f"{out}.rank-{rank}-of-2.unfinished") for rank in range(2)]
+    sums[0].unlink()  # as if it had died in its first wave
+    lost = Path(f"{beside(out)}.unfinished")
+    lost.rename(tmp_path / "moved away")
+    assert start(model, text, out, count=2, reroute=reroute) == [1, 1]
+    for rank in range(2):
+        message, hint = (out.parent / f"error-{rank}").read_text().splitlines()
+        assert message == (
+            f"{sums[1]}: sums of an interrupted run, and the sample of tokens that belongs to them is missing"
+        )
+        assert hint == f"remove {sums[1]} to begin again"
+    assert not lost.exists() and not beside(out).exists()
+    (tmp_path / "moved away").rename(lost)
+    assert start(model, text, out, count=2, reroute=reroute) == [0, 0]
+    require_close(Statistics.load(alone), Statistics.load(out))
+    wanted, found = RoutedSamples.open(beside(alone)), RoutedSamples.open(beside(out))
+    assert wanted.header == found.header
+    for index in wanted.layers:
+        one, other = wanted.layer(index), found.layer(index)
+        assert len(one) == len(other) == 300 and np.array_equal(one.expert_TC, other.expert_TC)
+        np.testing.assert_allclose(one.gram_TU, other.gram_TU, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_see_no_common_folder_do_not_begin_a_sample(model: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "s.safetensors"
+    assert start(model, text, out, count=2, reroute=Reroute(tokens=300, candidates=4), apart=True) == [1, 1]
+    for rank in range(2):
+        (error,) = (tmp_path / f"host-{rank}").iterdir()
+        message, hint = error.read_text().splitlines()
+        assert message == (
+            "all ranks fill s.reroute.safetensors, and rank 1 of 2 cannot see the folder that rank 0 writes to"
+        )
+        assert hint == "give a folder that all hosts share with -o, or sample on one host alone"
 
 
 def test_shares_are_every_item_once() -> None:

@@ -21,11 +21,14 @@ import tiny
 from browser import DESKTOP, PHONE, Page, browser, needs_browser
 from reapkit import cli, layout, plans, reporting, shards
 from reapkit.architectures import ARCHITECTURES
-from reapkit.checkpoint import CARD_NAME, Checkpoint
+from reapkit.checkpoint import CARD_NAME, STATISTICS_NAME, Checkpoint
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.evidence import jaccard
 from reapkit.layout import Identity
 from reapkit.reporting import MAX_BYTES, Evidence, jaccard_by_chance, render
+from reapkit.samples import SampleHeader, SampleWriter, beside
+from reapkit.selection import Rule
+from reapkit.shards import Manifest
 from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, Statistics
 from test_cards import EVALUATION
 
@@ -221,9 +224,24 @@ def test_the_commands_name_how_the_plan_was_made(out: Path, evidence: Evidence, 
     named = "--criterion reap --blend code=2,math=1 --protect super --keep 5 -o plan.json"
     assert command == f"reapkit plan statistics.safetensors {named}"
     # Sampled tokens, which the statistics do not tell of: without their file nothing is said of observing.
-    manifest = replace(evidence.manifest, criterion="reroute")
-    first, *_ = reporting._commands(replace(evidence, manifest=manifest, out=folder))
-    assert first.startswith("reapkit plan statistics.safetensors --criterion reroute")
+    for criterion in ("reroute", "easy-ep"):
+        chosen = replace(evidence, manifest=replace(evidence.manifest, criterion=criterion), out=folder)
+        first, *_ = reporting._commands(chosen)
+        assert first.startswith(f"reapkit plan statistics.safetensors --criterion {criterion}")
+        sample = SampleHeader(evidence.manifest.source, {}, "digest", 3, ("code",), 300, 4, {})
+        first, *_ = reporting._commands(replace(chosen, sample=sample))
+        assert first.startswith("reapkit observe ")
+        assert first.endswith(" --seed 3 --reroute-tokens 300 --reroute-candidates 4 -o statistics.safetensors")
+
+
+def test_a_sample_beside_statistics_that_were_given_is_found(out: Path, tmp_path: Path) -> None:
+    statistics = Path(shutil.copyfile(out / STATISTICS_NAME, tmp_path / "s.safetensors"))
+    assert Evidence.gather(out, statistics).sample is None
+    rule = Rule(8, 2, "sigmoid", True, 1.0, 0.0)
+    header = SampleHeader(Manifest.load(out).source, {}, "digest", 0, ("a",), 5, 3, {0: rule})
+    writer = SampleWriter(beside(statistics), header)
+    writer.finish()
+    assert Evidence.gather(out, statistics).sample == header
 
 
 def test_the_page_is_self_contained_and_the_same_every_time(evidence: Evidence) -> None:

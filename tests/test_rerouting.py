@@ -24,7 +24,7 @@ from reapkit.layout import Identity
 from reapkit.modules import load_tokenizer
 from reapkit.observation import Observation, Run
 from reapkit.rerouting import Reroute, choose_tokens
-from reapkit.samples import RoutedSamples, SampleHeader, beside
+from reapkit.samples import RoutedSamples, SampleHeader, beside, require_space
 from reapkit.selection import Rule
 from reapkit.statistics import Statistics
 from streaming import full_model, text_rows, write_jsonl
@@ -235,6 +235,19 @@ def test_a_disk_without_room_is_said_before_anything_is_observed(
     monkeypatch.setattr("reapkit.samples.os.statvfs", lambda _: full)
     with pytest.raises(OutputError, match=r"the sample of 300 tokens takes 0\.\d MB in .*, and 0\.0 MB are free"):
         observation(folder, text).write(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("name", ["s.reroute.safetensors", "s.reroute.safetensors.unfinished"])
+def test_a_sample_that_is_there_needs_no_room_again(
+    folder: Path, text: str, observed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    full = type("Full", (), {"f_bavail": 1, "f_frsize": 4096})
+    monkeypatch.setattr("reapkit.samples.os.statvfs", lambda _: full)
+    shutil.copyfile(beside(observed), tmp_path / name)
+    header = observation(folder, text).sample_header()
+    require_space(tmp_path / "s.reroute.safetensors", header)
+    with pytest.raises(OutputError, match="the sample of 300 tokens takes"):
+        require_space(tmp_path / "s.reroute.safetensors", replace(header, seed=1))
 
 
 def test_the_estimated_size_of_the_sample_is_right(folder: Path, text: str, observed: Path) -> None:

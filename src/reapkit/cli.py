@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reapkit import __version__
-from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted
+from reapkit.errors import EvaluationError, ReapkitError, UsageError, did_you_mean, redacted, require_used
 from reapkit.interrupts import heard, ignore_once_stopping
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ Data = Annotated[
 ]  # fmt: skip
 Ratio = Annotated[str | None, typer.Option(metavar="R", help="share of the experts to remove, a decimal: 0.25")]
 Keep = Annotated[int | None, typer.Option(metavar="K", help="experts to keep per layer")]
+DivisibleBy = Annotated[
+    int, typer.Option(metavar="N", help="round the number that stays up to a multiple: cards that share experts")
+]
 CriterionOption = Annotated[str, typer.Option(metavar="C", help="how experts are scored; see reapkit list criteria")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default")]
 DtypeOption = Annotated[
@@ -188,6 +191,12 @@ def _note(text: str) -> None:
     err.print(text, highlight=False, soft_wrap=True)
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The names of what stands on the command line, and is no default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 # ---- verbs ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +264,7 @@ def inspect(
 
 @_verb
 def observe(
+    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="statistics file to write")],
     data: Data = ["reap-mix"],  # noqa: B006
@@ -291,6 +301,11 @@ def observe(
     from reapkit.rerouting import Reroute
     from reapkit.statistics import begun_at
 
+    given = _given(context)
+    if until_stable is None:
+        require_used(given & {"ratio", "keep"}, (), "observe without --until-stable")
+    if not reroute_tokens:
+        require_used(given & {"reroute_candidates"}, (), "observe without --reroute-tokens")
     require_target(output)
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
     ranks = Ranks.from_environment()
@@ -357,6 +372,7 @@ def combine(
 
 @_verb
 def plan(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -368,12 +384,7 @@ def plan(
     criterion: CriterionOption = "reap",
     ratio: Ratio = None,
     keep: Keep = None,
-    divisible_by: Annotated[
-        int,
-        typer.Option(
-            "--divisible-by", metavar="N", help="round the number that stays up to a multiple: cards that share experts"
-        ),
-    ] = 1,
+    divisible_by: DivisibleBy = 1,
     weights: Weights = "residual",
     blend: BlendOption = None,
     protect: Protect = None,
@@ -398,13 +409,19 @@ def plan(
     verbose: Verbose = False,
 ) -> None:
     """Choose the experts that stay; takes seconds and no device."""
-    from reapkit import publishing
+    from reapkit import criteria, publishing, recovery
     from reapkit.evidence import beside as evidence_beside
-    from reapkit.plans import choose, num_kept
+    from reapkit.plans import choose
 
+    given = _given(context)
     if recover is not None:
+        target = {"criterion", "ratio", "keep", "divisible_by", "publish", "private"}
+        require_used(given & (criteria.OPTIONS | target), recovery.USED, "--recover")
         _recover(recover, source, None if dry_run else output, revision, as_json=as_json, quiet=quiet)
         return
+    criteria.require_used(criterion, given)
+    if publish is None:
+        require_used(given & {"private"}, (), "plan without --publish")
     with _progress(quiet) as progress:
         if criterion == "aimer" and Path(source).suffix != ".safetensors":
             from reapkit.compression import choose_by_weights
@@ -418,9 +435,7 @@ def plan(
                 blend=blend, protect=protect, seed=seed, revision=revision, progress=progress,
             )  # fmt: skip
         found = _gather(choice, source, ratio, progress) if evidence else None
-    asked, kept = num_kept(choice.plan.num_experts, ratio=ratio, keep=keep), choice.plan.num_kept
-    if kept > asked and divisible_by > 1 and not quiet:
-        _note(f"keeping {kept} of {choice.plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
+    _note_rounding(choice.plan, ratio, keep, divisible_by, quiet=quiet)
     if not dry_run:
         choice.plan.save(output)
         if found is not None:
@@ -639,6 +654,7 @@ def verify(
 
 @_verb
 def compress(
+    context: typer.Context,
     source: Source,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="folder to write, new or an interrupted run's")
@@ -646,6 +662,7 @@ def compress(
     data: Data = ["reap-mix"],  # noqa: B006
     ratio: Ratio = None,
     keep: Keep = None,
+    divisible_by: DivisibleBy = 1,
     criterion: CriterionOption = "reap",
     weights: Weights = "residual",
     blend: BlendOption = None,
@@ -671,14 +688,16 @@ def compress(
     verbose: Verbose = False,
 ) -> None:
     """Observe, plan, prune and verify in one; repeated after an interruption, it goes on."""
-    from reapkit import compression
+    from reapkit import compression, criteria
     from reapkit.compression import Target
     from reapkit.ranks import Ranks
 
     if Ranks.from_environment().count > 1:
         raise UsageError("compress runs in one process", hint="observe with torchrun, then plan and prune")
+    # Text is sampled by the seed, and the source has the revision, whatever the criterion.
+    criteria.require_used(criterion, _given(context) - {"seed", "revision"})
     run = _run(device, dtype, activation_budget, trust_remote_code, activations, disk_budget)
-    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates)
+    target = Target(ratio, keep, criterion, weights, blend, protect, reroute_tokens, reroute_candidates, divisible_by)
     revision = revision or _begun_commit(source, compression.begun_with(source, output), quiet=quiet)
     text: dict[str, Any] = {"data": data, "run": run, "max_length": max_length, "seed": seed, "revision": revision}
     fixed: dict[str, Any] = {"dequantize": dequantize, "mtp": mtp, "allow_missing_scales": allow_missing_scales}
@@ -691,6 +710,7 @@ def compress(
         return
     with _progress(quiet) as progress:
         result = compression.compress(source, output, target, **text, **fixed, base_model=base_model, progress=progress)
+    _note_rounding(result.choice.plan, ratio, keep, divisible_by, quiet=quiet)
     if as_json:
         _print_json(
             {
@@ -713,6 +733,7 @@ def compress(
 
 @_verb
 def compare(
+    context: typer.Context,
     original: Annotated[str, typer.Argument(metavar="A", help="the original: a folder or hub id")],
     pruned: Annotated[str, typer.Argument(metavar="B", help="the pruned model: a folder or hub id")],
     data: Annotated[list[str], typer.Option("--data", metavar="D", help="held-out text, as in observe; repeatable")],
@@ -750,6 +771,8 @@ def compare(
     from reapkit.endpoints import connect
     from reapkit.fidelity import compare, failed_thresholds, keep, parse_thresholds
 
+    if prompts is None:
+        require_used(_given(context) & {"limit", "max_tokens"}, (), "compare without --prompts")
     limits = parse_thresholds(fail_on, with_prompts=prompts is not None) if fail_on else {}
     if endpoint and (prompts is None or len(endpoint) != 2):
         raise UsageError(
@@ -1414,6 +1437,15 @@ def _note_waves(observation: Observation, *, quiet: bool) -> None:
             f"{len(observation.waves)} waves, each reads {reads}; activations up to {_size(observation.held_bytes)}, "
             + _PLACES[observation.place]
         )
+
+
+def _note_rounding(plan: PruningPlan, ratio: str | None, keep: int | None, divisible_by: int, *, quiet: bool) -> None:
+    """That more experts stay than were asked for."""
+    from reapkit.plans import num_kept
+
+    asked, kept = num_kept(plan.num_experts, ratio=ratio, keep=keep), plan.num_kept
+    if kept > asked and divisible_by > 1 and not quiet:
+        _note(f"keeping {kept} of {plan.num_experts} experts: {asked} rounded up, to divide by {divisible_by}")
 
 
 def _note_unmeasured(chosen: Manifest | PruningPlan) -> None:

@@ -8,6 +8,7 @@ Shape suffixes: E = experts, D = hidden size, N = sampled tokens, S = rows of su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,10 +70,11 @@ class Group:
 
     @classmethod
     def from_json(cls, described: Any) -> Group:
-        """Raise ValueError unless there is a finite share for every member."""
+        """Raise KeyError or ValueError unless there is a share for every member, and they add up to 1."""
         members, weights = (as_list(as_table(described)[name]) for name in ("members", "weights"))
         shares = tuple(weight for weight in weights if type(weight) is float and 0 <= weight <= 1)
-        if not members or len(shares) != len(members) or len(weights) != len(members):
+        is_whole = len(shares) == len(weights) == len(members) and math.isclose(math.fsum(shares), 1, rel_tol=1e-9)
+        if not is_whole:
             raise ValueError(f"{brief(described)} is no group of experts with a share for each")
         return cls(tuple(map(as_count, members)), shares)
 
@@ -128,15 +130,19 @@ class Merging:
         """
         entries = as_table(described)
         method, router = as_text(entries["method"]), as_text(entries["router"])
+        groups = {
+            layer: tuple(map(Group.from_json, as_list(groups))) for layer, groups in read_layers(entries["groups"])
+        }
+        for layer, held in groups.items():
+            members = sorted(member for group in held for member in group.members)
+            if not members or members != list(range(len(members))):
+                raise ValueError(f"the groups of layer {layer} do not hold every expert once")
         if method not in METHODS or router not in ROUTERS:
             raise ValueError(f"experts are not merged by {brief(method)} with routers by {brief(router)}")
         return cls(
             method=method,
             router=router,
-            groups={
-                layer: tuple(Group.from_json(group) for group in as_list(groups))
-                for layer, groups in read_layers(entries["groups"])
-            },
+            groups=groups,
             tokens=as_count(entries["tokens"]),
             digest=as_text(entries["digest"]),
             alignment=as_text(entries["alignment"]),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from reapkit import hub, plans, shards
+from reapkit import criteria, hub, plans, shards
 from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import STATISTICS_NAME, Checkpoint
@@ -40,6 +40,7 @@ class Target:
         weights: of tokens, under `reroute`.
         blend, protect: as in `plans.choose`.
         reroute_tokens, reroute_candidates: how much is gathered for `reroute` and `easy-ep`, and for them alone.
+        divisible_by: as in `plans.choose`.
     """
 
     ratio: str | float | None = None
@@ -50,6 +51,12 @@ class Target:
     protect: str | None = None
     reroute_tokens: int = 32768
     reroute_candidates: int = 16
+    divisible_by: int = 1
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """What decides how many experts stay."""
+        return {"ratio": self.ratio, "keep": self.keep, "divisible_by": self.divisible_by}
 
     @property
     def reroute(self) -> Reroute | None:
@@ -190,10 +197,10 @@ def compress(
         with alone(path, lock_of(path)):  # which a run that was killed right after it saved them may have left
             discard(unfinished(path))
     choice = choose_by_weights(
-        observation.checkpoint, observation.layout, ratio=target.ratio, keep=target.keep, progress=progress
+        observation.checkpoint, observation.layout, **target.size, progress=progress
     ) if target.criterion == AIMER else plans.choose(
-        statistics, criterion=target.criterion, ratio=target.ratio, keep=target.keep, weights=target.weights,
-        blend=target.blend, protect=target.protect, seed=seed, sample=beside(path), progress=progress,
+        statistics, criterion=target.criterion, **target.size, weights=target.weights, blend=target.blend,
+        protect=target.protect, seed=seed, sample=beside(path), progress=progress,
     )  # fmt: skip
     manifest = shards.write(
         observation.checkpoint,
@@ -231,7 +238,7 @@ def choose_by_weights(
         source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision, progress=progress)
     )
     layout = layout or layouts.resolve(checkpoint, ARCHITECTURES)
-    plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep)
+    plans.require_target(layout, criterion=AIMER, ratio=ratio, keep=keep, divisible_by=divisible_by)
     from reapkit.magnitudes import score_by_weights
 
     scores = score_by_weights(checkpoint, layout, progress=progress)
@@ -261,15 +268,17 @@ def prepare(
         The observation, and the manifest of an output of the same size that keeps other experts.
     """
     check_weights(target.weights)
+    changed = [part.name for part in fields(target) if getattr(target, part.name) != part.default]
+    criteria.require_used(target.criterion, changed)
     revision = revision or begun_with(source, out)
     checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
     layout = layouts.resolve(checkpoint, ARCHITECTURES)
-    plans.require_target(layout, criterion=target.criterion, ratio=target.ratio, keep=target.keep)
+    plans.require_target(layout, criterion=target.criterion, **target.size)
     if not allow_missing_scales:  # which experts stay is not known yet
         shards.require_scales(
             layout, dict.fromkeys((layer.index for layer in layout.layers), range(layout.num_experts))
         )
-    other = plans.choose_for_checkpoint(checkpoint, layout, ratio=target.ratio, keep=target.keep)
+    other = plans.choose_for_checkpoint(checkpoint, layout, **target.size)
     done = shards.finished(out)
     if done is not None and (out / STATISTICS_NAME).exists():
         manifest = done  # whether it is this command's shows when the plan is made again from these statistics

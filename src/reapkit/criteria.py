@@ -5,11 +5,12 @@ Shape suffixes: E = experts; S = rows of sums; D = domains. Experts that no toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from reapkit import errors
 from reapkit.errors import UsageError, did_you_mean
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, Array, LayerStatistics
 
@@ -87,6 +88,20 @@ OTHERS: Mapping[str, str] = {
     RANDOM: "Uniform at random, by seed; needs no statistics.",
 }
 
+# What a choice may rest on besides the number that stays: by criterion, the options that it uses.
+_OF_SUMS = frozenset({"blend", "protect", "evidence"})
+_OF_A_SAMPLE = _OF_SUMS | {"reroute_tokens", "reroute_candidates"}
+USED: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(CRITERIA, _OF_SUMS),
+    REROUTE: _OF_A_SAMPLE | {"weights"},
+    EASY_EP: _OF_A_SAMPLE,
+    AIMER: frozenset({"revision"}),
+    RANDOM: frozenset({"seed", "revision", "protect", "evidence"}),
+}
+OPTIONS = frozenset().union(*USED.values())
+# Those of them that mean something where a checkpoint is chosen from; on statistics, all but its revision.
+ON_CHECKPOINTS, ON_STATISTICS = frozenset({"seed", "revision"}), OPTIONS - {"revision"}
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -122,6 +137,12 @@ def check(criterion: str) -> None:
     """Raise UsageError for an unknown criterion, with the nearest known name."""
     if criterion not in CRITERIA and criterion not in OTHERS:
         raise UsageError(f"there is no criterion {criterion!r}", hint=did_you_mean(criterion, [*CRITERIA, *OTHERS]))
+
+
+def require_used(criterion: str, given: Iterable[str]) -> None:
+    """Raise UsageError for an unknown criterion, and for an option of choosing (`OPTIONS`) that it does not use."""
+    check(criterion)
+    errors.require_used(OPTIONS.intersection(given), USED[criterion], f"--criterion {criterion}")
 
 
 # ---- several domains

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # A name from a stranger's file may have megabytes; nobody reads on after a screen.
 LONGEST_MESSAGE = 4_000
@@ -85,6 +85,22 @@ class UsageError(ReapkitError):
     """Arguments that contradict each other or lack something."""
 
     exit_code = 2
+
+
+def require_used(given: Iterable[str], used: Collection[str], mode: str) -> None:
+    """Refuse options that would change nothing, rather than ignore them.
+
+    Args:
+        given: names of options, as Python spells them.
+        used: those that the mode uses.
+        mode: what the others do not go with, in words.
+
+    Raises:
+        UsageError: one is not used.
+    """
+    for name in sorted(set(given) - set(used)):
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} does not go with {mode}, which would ignore it", hint=f"leave out {option}")
 
 
 def is_failure(error: BaseException) -> bool:

@@ -351,8 +351,7 @@ def _measure(
     parts = batches(text, tokens_per_batch=min(per_batch, 8192))
     waves = split_into_waves(
         parts,
-        # Either model is asked what it would take alone, and they run at the same time.
-        budget=budget or min(map(default_budget, models)) // 2,
+        budget=budget or default_budget(*models),
         bytes_per_token=sum(map(bytes_per_token, models)),
         max_batches=MAX_SUSPENDED // 2,
     )

@@ -17,7 +17,7 @@ from reapkit import clusters, plans, shards, similarity
 from reapkit.checkpoint import Checkpoint
 from reapkit.clusters import METHODS, Merging, Similarity
 from reapkit.edits import Orders
-from reapkit.errors import PlanError, UnsupportedError
+from reapkit.errors import DataError, PlanError, UnsupportedError
 from reapkit.interrupts import deferred, safe_point
 from reapkit.layout import MoELayout
 from reapkit.neurons import ORDERS_NAME, ExpertTensors, align, encode_orders
@@ -26,11 +26,9 @@ from reapkit.outputs import alone, save
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import HINT, Format, read_format
-from reapkit.shards import LOCK_NAME, OWN_FOLDER, Manifest
-from reapkit.similarity import Similarities
+from reapkit.shards import LOCK_NAME, Manifest
+from reapkit.similarity import SIMILARITY_NAME, Similarities
 from reapkit.statistics import Statistics
-
-SIMILARITY_NAME = f"{OWN_FOLDER}/similarity.safetensors"
 
 
 def merge(
@@ -74,6 +72,7 @@ def merge(
 
     Raises:
         PlanError: the statistics are of another model, or fewer experts would stay than each token is routed to.
+        OutputError: the folder holds another output, finished or not; nothing is measured for it.
         UnsupportedError: experts that cannot be run on other tokens, whose neurons are not known, or whose values cannot be computed.
     """
     chosen, out = clusters.method_of(method, router), Path(out)
@@ -118,6 +117,7 @@ def merge(
         tokens=similarities.tokens,
         digest=similarities.digest,
     )
+    shards.refuse_other_merging(checkpoint, out, merging)
     orders = match_neurons(checkpoint, layout, form, merging, similarities.layers, progress=progress)
     if orders:
         content, digest = encode_orders(orders)
@@ -164,11 +164,13 @@ def _similarities(observation: Observation, out: Path, tokens: int, progress: Pr
     path = out / SIMILARITY_NAME
     if path.exists():
         found = Similarities.load(path)
-        if (found.digest, found.settings) == (
-            observation.data.digest,
-            similarity.settings_of(observation, tokens=tokens),
-        ):
+        if (what := similarity.differing(found, observation, tokens=tokens)) is None:
             return found
+        raise DataError(
+            f"{path} was measured on another model, text or settings: other {what}",
+            hint="repeat the command that began this output, or give another folder",
+        )
+    shards.refuse_other_merging(observation.checkpoint, out, None)
     found = similarity.measure(observation, tokens=tokens, progress=progress)
     with deferred("the similarity of experts is saved"), alone(out, out / LOCK_NAME):
         found.save(path)

@@ -35,7 +35,7 @@ from reapkit.calibration import Images
 from reapkit.checkpoint import Checkpoint, read_config, read_small, require_plain_files
 from reapkit.errors import CheckpointError, DataError, ReapkitError, UnsupportedError, is_failure, reason_of
 from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
-from reapkit.formats import decode
+from reapkit.formats import as_factors, decode, read_tensor
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
 from reapkit.quantization import HINT, Format, read_format
@@ -44,6 +44,7 @@ from reapkit.tensors import TensorInfo, brief
 
 # Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels.
 _READERS = 4
+_DAMAGED = "fetch the checkpoint again: its weights are damaged"
 # glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
 
@@ -265,18 +266,18 @@ class StreamedModel:
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
                 self._require_finite(values, targets, stacks or {})
             self._copies.synchronize()
-        names = {info.name: self.format.decoded(info, self.checkpoint.tensors)[0] for info in weights}
-        return targets | {names[name]: value for name, value in values.items()}
+        tensors = self.checkpoint.tensors
+        return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}
 
     def _require_finite(
         self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
     ) -> None:
-        """Raise DataError naming the first tensor on disk that holds NaN or infinity.
+        """Raise DataError naming the first tensor on disk that holds NaN or infinity, or what becomes infinite in the model's dtype.
 
         The least and the greatest value say so without a mask as large as the tensor; there is one wait for the device.
         """
         single = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
-        extremes = [torch.stack(value.aminmax()).float() for value in single.values()]
+        extremes = [torch.stack(value.aminmax()).to(self.dtype).float() for value in single.values()]
         stacked = {name: torch.stack(value.flatten(1).aminmax(dim=1)).float() for name, value in targets.items()}
         ends = [*extremes, *(extreme.flatten() for extreme in stacked.values())]
         if not ends or bool(torch.cat(ends).isfinite().all()):
@@ -285,13 +286,31 @@ class StreamedModel:
         for name, place in stacks.items():
             if not stacked[place.target][:, place.expert].isfinite().all():
                 suspects.append(name)
-        for info in (self.checkpoint.tensors[name] for name in sorted(suspects)):
-            value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
-            if count := int((~value.isfinite()).sum()):
-                raise DataError(
-                    f"{info.name!r} in {info.file} holds NaN or infinity: {count:,} of {value.numel():,} values",
-                    hint="try --dtype float32; if it stays, the checkpoint's weights are damaged",
+        for name in sorted(suspects):
+            self._require_finite_values(self.checkpoint.tensors[name])
+
+    def _require_finite_values(self, info: TensorInfo) -> None:
+        """The same of one tensor, of which what is wrong is told: a scale, a value of its own, or one that the model's dtype has not."""
+        recipe = self.format.recipe(info, self.checkpoint.tensors)
+        for scale in (recipe.scale, recipe.factor) if recipe is not None else ():
+            if scale is not None:
+                what = f"{scale.name!r} in {scale.file}, a scale of {info.name!r},"
+                _require_no_odd(
+                    as_factors(read_tensor(self.checkpoint, scale)), f"{what} holds NaN or infinity", _DAMAGED
                 )
+        what = f"{info.name!r} in {info.file}"
+        value = decode(self.checkpoint, info, format=self.format, dtype=torch.float32, device=self.device)
+        _require_no_odd(value, f"{what} holds NaN or infinity", _DAMAGED)
+        dtype = self._dtype_of(info.name)
+        named = str(dtype).removeprefix("torch.")
+        hint = None if dtype == torch.float32 else "--dtype float32"
+        _require_no_odd(value.to(dtype), f"{what} holds values beyond the range of {named}", hint)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor on disk becomes in the model, where some have a dtype of their own."""
+        owner, leaf = self.owner_of(name), self.in_memory_name(name).rpartition(".")[2]
+        value = getattr(owner, leaf, None)
+        return value.dtype if isinstance(value, Tensor) else self.dtype
 
     def _empty(self, name: str) -> Tensor:
         """Memory for one of the model's tensors; for a GPU the copying stream's, which fills it."""
@@ -492,6 +511,12 @@ class MtpLayers:
         position_T = torch.arange(index + 1, index + 1 + ids_BT.shape[1], device=ids_BT.device)
         result: Tensor = self.module.forward_layer(index, hidden_BTD, position_T[None], None, input_ids=next_BT)
         return result
+
+
+def _require_no_odd(value: Tensor, what: str, hint: str | None) -> None:
+    """Raise DataError where a value is NaN or infinite."""
+    if count := int((~value.isfinite()).sum()):
+        raise DataError(f"{what}: {count:,} of {value.numel():,} values", hint=hint)
 
 
 def _renamed(name: str, module: Any, conversions: Sequence[Any], state_names: dict[str, Any]) -> str:

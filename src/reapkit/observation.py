@@ -330,12 +330,12 @@ class Observation:
 
     def require_memory(self) -> None:
         """Raise ResourceError, with the numbers and what to lower, where the device has less memory free than a run takes."""
-        if self.place == "host" and self.held_bytes > (free := free_memory(torch.device("cpu"))):
+        if self.place == "host" and self.held_bytes > (free := self._free(torch.device("cpu"))):
             raise ResourceError(
                 f"suspended activations take {self.held_bytes / 1e9:,.2f} GB of the host's memory, and {free / 1e9:,.2f} GB are free",
                 hint=f"--activation-budget {int(free * BUDGET_SHARE['cpu']) // 1_000_000}MB",
             )
-        memory, free = self.memory(), free_memory(self.model.device)
+        memory, free = self.memory(), self._free(self.model.device)
         if sum(memory.values()) <= free:
             return
         spared = free - sum(size for part, size in memory.items() if part != ACTIVATIONS)
@@ -347,6 +347,10 @@ class Observation:
             if spared > max(smallest, 1_000_000)
             else "free some memory, or run where there is more: one layer and one micro-batch must fit",
         )
+
+    def _free(self, device: torch.device) -> int:
+        """Bytes free on a device; of a host's memory the share of one of the ranks that are there."""
+        return free_memory(device) // (self.ranks.local_count if device.type == "cpu" else 1)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -454,14 +458,18 @@ class Observation:
         """The file that all ranks write sampled tokens to, whole when this ends without an error."""
         assert self.recorder is not None
         header, ranks = self.sample_header(), self.ranks
+        ranks.require_shared(sample)
+        # Whichever rank has sums already has written its part of the sample with them.
+        begun = [own for own in ranks.gather(keep if keep is not None and keep.exists() else None) if own is not None]
+        if begun and not unfinished(sample).exists() and not sample.exists():
+            names = ", ".join(map(str, begun))
+            raise DataError(
+                f"{names}: sums of an interrupted run, and the sample of tokens that belongs to them is missing",
+                hint=f"remove {names} to begin again",
+            )
+        ranks.wait()  # until all have looked for it
         if ranks.rank == 0:
             require_space(sample, header)
-            is_new = not unfinished(sample).exists() and not sample.exists()
-            if is_new and keep is not None and keep.exists():
-                raise DataError(
-                    f"{keep} holds the sums of an interrupted run, and the sample of tokens that belongs to them is missing",
-                    hint=f"remove {keep} to begin again",
-                )
             SampleWriter(sample, header).close()
         ranks.wait()
         writer = SampleWriter(sample, header)
@@ -624,7 +632,6 @@ class Observation:
     def _choose_place(self, run: Run) -> tuple[Place, int]:
         """Where suspended activations are kept, and how many bytes of them."""
         model = self.model
-        share = BUDGET_SHARE["cpu"] / self.ranks.local_count
         on_device = run.activation_budget or default_budget(model, sharing=self.ranks.local_count)
         if run.place is None or run.place == "device":
             per_token = bytes_per_token(model)
@@ -636,14 +643,14 @@ class Observation:
             seconds = on_device / per_token * len(model.layers) / self.compute_rate
             if seconds >= model.nbytes_per_pass / self.disk_rate:
                 return "device", on_device
-            on_host = int(free_memory(torch.device("cpu")) * share)
+            on_host = int(self._free(torch.device("cpu")) * BUDGET_SHARE["cpu"])
             return ("host", on_host) if on_host > on_device else ("device", on_device)
         place = cast(Place, run.place)
         if run.activation_budget is not None:
             return place, run.activation_budget
         if place == "host":
-            return place, int(free_memory(torch.device("cpu")) * share)
-        return place, int(shutil.disk_usage(tempfile.gettempdir()).free * share)
+            return place, int(self._free(torch.device("cpu")) * BUDGET_SHARE["cpu"])
+        return place, int(shutil.disk_usage(tempfile.gettempdir()).free / self.ranks.local_count * BUDGET_SHARE["cpu"])
 
 
 def observe(
@@ -765,19 +772,20 @@ def split_into_waves(
     return waves
 
 
-def default_budget(model: StreamedModel, *, sharing: int = 1) -> int:
+def default_budget(*models: StreamedModel, sharing: int = 1) -> int:
     """A share of the memory that is free once two layers are loaded, and on a GPU a micro-batch runs.
 
     Args:
-        model: what is to run.
+        models: what is to run side by side on one device, two layers of each loaded.
         sharing: processes that share a host's memory.
     """
-    free = free_memory(model.device) - 2 * model.layer_nbytes
-    if model.device.type == "cuda":
-        free -= model.entry_nbytes + _batch_bytes(model, tokens_per_batch(model)) + WORKSPACES["cuda"]
-    else:
-        free //= sharing
-    return max(int(free * BUDGET_SHARE[model.device.type]), 1 << 20)
+    device = models[0].device
+    free = free_memory(device) // (sharing if device.type == "cpu" else 1)
+    free -= sum(2 * model.layer_nbytes for model in models)
+    if device.type == "cuda":
+        free -= sum(model.entry_nbytes for model in models) + WORKSPACES["cuda"]
+        free -= max(_batch_bytes(model, tokens_per_batch(model)) for model in models)
+    return max(int(free * BUDGET_SHARE[device.type]), 1 << 20)
 
 
 def tokens_per_batch(model: StreamedModel) -> int:

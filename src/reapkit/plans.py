@@ -22,8 +22,8 @@ from reapkit import layout as layouts
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.criteria import Blend, Scores
-from reapkit.elimination import Elimination, check_weights, easy_ep, eliminate, token_weights
-from reapkit.errors import CheckpointError, DataError, PlanError, UsageError
+from reapkit.elimination import WEIGHTS, Elimination, check_weights, easy_ep, eliminate, token_weights
+from reapkit.errors import CheckpointError, DataError, PlanError, UsageError, require_used
 from reapkit.layout import Identity, MoELayout
 from reapkit.progress import Progress, silent
 from reapkit.samples import RoutedSamples, beside
@@ -62,7 +62,8 @@ class PruningPlan:
         drop_mtp: whether all MTP layers are to be removed; then none is in `kept`.
         calibration: digests of the text that the choice rests on.
         seed: of the random criterion, else None.
-        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected.
+        options: what else decided, by name: the weights of tokens, the blend of domains, what was protected, of what the number of
+            kept experts had to be a multiple.
     """
 
     source: Identity
@@ -334,15 +335,19 @@ def num_kept(
     return min(num_experts, rounded)
 
 
-def require_target(layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None) -> int:
+def require_target(
+    layout: MoELayout, *, criterion: str, ratio: str | float | None, keep: int | None, divisible_by: int = 1
+) -> int:
     """The number of experts that would stay, refused before anything is observed.
 
     Raises:
         UsageError: an unknown criterion, neither or both of ratio and keep.
-        PlanError: fewer would stay than each token is routed to.
+        PlanError: fewer would stay than each token is routed to, or no multiple is small enough.
     """
     criteria.check(criterion)
-    count = num_kept(layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups)
+    count = num_kept(
+        layout.num_experts, ratio=ratio, keep=keep, num_groups=layout.num_groups, divisible_by=divisible_by
+    )
     _require_top_k(count, layout.num_experts, layout.top_k)
     require_groups(layout, count)
     return count
@@ -463,15 +468,21 @@ def choose(
         raise UsageError(
             "the criterion 'aimer' scores weights, and not statistics", hint="reapkit plan SRC --criterion aimer"
         )
+    settings = {"blend": blend, "protect": protect, "revision": revision}
+    given = {name for name, value in settings.items() if value is not None}
+    given |= {"weights"} if weights != WEIGHTS[0] else set()
+    criteria.require_used(criterion, given)
     if not isinstance(source, Statistics) and (Path(source).is_dir() or Path(source).suffix != ".safetensors"):
         if criterion != criteria.RANDOM:
             raise UsageError(
                 f"the criterion {criterion!r} needs statistics, and {source} is not a statistics file",
                 hint="first: reapkit observe SRC --data … -o statistics.safetensors",
             )
+        require_used(given, criteria.ON_CHECKPOINTS, f"--criterion {criterion} on a checkpoint")
         checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
         layout = layouts.resolve(checkpoint, ARCHITECTURES)
         return choose_for_checkpoint(checkpoint, layout, ratio=ratio, keep=keep, divisible_by=divisible_by, seed=seed)
+    require_used(given, criteria.ON_STATISTICS, f"--criterion {criterion} on statistics")
     statistics = source if isinstance(source, Statistics) else Statistics.load(Path(source))
     num_experts, num_groups = statistics.num_experts, statistics.num_groups
     count = num_kept(num_experts, ratio=ratio, keep=keep, num_groups=num_groups, divisible_by=divisible_by)
@@ -497,6 +508,7 @@ def choose(
     options = {"weights": weights} if criterion == criteria.REROUTE else {}
     options |= {} if blend is None else {"blend": blend}
     options |= {} if protect is None else {"protect": protect}
+    options |= _rounding(divisible_by)
     chosen = PruningPlan(
         source=statistics.source,
         criterion=criterion,
@@ -646,6 +658,10 @@ def plan(
     ).plan
 
 
+def _rounding(divisible_by: int) -> dict[str, str]:
+    return {"divisible-by": str(divisible_by)} if divisible_by > 1 else {}
+
+
 def choose_for_checkpoint(
     checkpoint: Checkpoint,
     layout: MoELayout,
@@ -670,6 +686,7 @@ def choose_for_checkpoint(
         top_k=layout.top_k,
         kept=select(scores, keep=count, num_groups=layout.num_groups),
         seed=seed if is_random else None,
+        options=_rounding(divisible_by),
     )
     return Choice(chosen.with_mtp(layout.mtp_indices), scores, None)
 

@@ -6,16 +6,18 @@ Only sums travel, a few megabytes at the end, so the processes may sit on GPUs o
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from reapkit.errors import ResourceError, UsageError
+from reapkit import outputs
+from reapkit.errors import OutputError, ResourceError, UsageError
 from reapkit.statistics import LayerStatistics
 
 # How long a rank waits for one that is still observing. One that has died is noticed at once, since its connection ends.
@@ -112,6 +114,40 @@ class Ranks:
                     dist.all_reduce(tensor, dist.ReduceOp.MAX if name == "max_norm_E" else dist.ReduceOp.SUM)
             totals[index] = LayerStatistics(**{name: tensor.numpy() for name, tensor in arrays.items()})
         return totals
+
+    def gather(self, value: Item) -> list[Item]:
+        """Every rank's value, by its number; call inside `joined`."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        with self._explained():
+            dist.all_gather_object(values, value)
+        return values
+
+    def require_shared(self, path: Path) -> None:
+        """Make sure that all ranks see one folder, where they are to fill one file; call inside `joined`.
+
+        Raises:
+            OutputError: some do not; on every rank.
+        """
+        mark = path.with_name(f"{path.name}.{self.gather(secrets.token_hex(8))[0]}")
+        with outputs.explained(path, hint=outputs.REPEAT):
+            try:
+                if self.rank == 0:
+                    mark.touch()
+                self.wait()
+                blind = [rank for rank, sees in enumerate(self.gather(mark.exists())) if not sees]
+            finally:
+                if self.rank == 0:
+                    mark.unlink(missing_ok=True)
+        if blind:
+            raise OutputError(
+                f"all ranks fill {path.name}, and {', '.join(f'rank {rank}' for rank in blind)} of {self.count} cannot see the folder "
+                "that rank 0 writes to",
+                hint="give a folder that all hosts share with -o, or sample on one host alone",
+            )
 
     def wait(self) -> None:
         """Until every rank has come here."""

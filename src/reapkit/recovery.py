@@ -21,6 +21,8 @@ from reapkit.progress import Progress, silent
 from reapkit.tensors import DTYPE_BITS
 
 RECOVERED = "recovered"
+# Of the options of choosing, those that mean something where the choice was another's.
+USED = frozenset({"revision"})
 
 
 def recover(

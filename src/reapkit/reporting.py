@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,13 @@ from typing import Any
 from reapkit import cards, criteria, plans
 from reapkit.cards import read_result
 from reapkit.checkpoint import EVALUATION_NAME, FIDELITY_NAME, STATISTICS_NAME, refuse_unfinished
+from reapkit.clusters import Merging
 from reapkit.errors import CheckpointError, DataError, UnsupportedError
 from reapkit.evidence import jaccard
 from reapkit.inventory import Inventory, inspect
 from reapkit.outputs import save
 from reapkit.plans import PruningPlan, num_kept
-from reapkit.samples import RoutedSamples, beside
+from reapkit.samples import RoutedSamples, SampleHeader, beside
 from reapkit.shards import PLAN_NAME, Manifest
 from reapkit.statistics import NUM_FOLDS, Array, LayerStatistics, Statistics
 
@@ -50,6 +51,7 @@ class Evidence:
         inventory: what it holds.
         statistics: that the plan rests on, None where they are not there.
         fidelity, evaluation: results, None where they were not measured.
+        sample: the header of the sampled tokens beside the statistics, None where there are none.
     """
 
     out: Path
@@ -58,6 +60,7 @@ class Evidence:
     statistics: Statistics | None
     fidelity: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
+    sample: SampleHeader | None
 
     @classmethod
     def gather(cls, out: Path, statistics: Path | None = None) -> Evidence:
@@ -80,8 +83,9 @@ class Evidence:
         sums = Statistics.load(path) if path is not None else None
         if sums is not None and path is not None:
             _require_same(sums, manifest, path)
-        fidelity = read_result(out / FIDELITY_NAME)
-        return cls(out, manifest, inspect(out, ratios=()), sums, fidelity, read_result(out / EVALUATION_NAME))
+        sample = None if path is None or not beside(path).is_file() else RoutedSamples.open(beside(path)).header
+        fidelity, evaluation = read_result(out / FIDELITY_NAME), read_result(out / EVALUATION_NAME)
+        return cls(out, manifest, inspect(out, ratios=()), sums, fidelity, evaluation, sample)
 
     @property
     def name(self) -> str:
@@ -272,36 +276,29 @@ def _commands(evidence: Evidence) -> Iterator[str]:
     origin, revision = manifest.source.origin, manifest.source.revision
     source = [origin, *(["--revision", revision] if revision and Path(origin).name != revision else [])]
     without_text = manifest.criterion in (criteria.RANDOM, criteria.AIMER) and not manifest.calibration
-    path = beside(evidence.out / STATISTICS_NAME)
-    sample = RoutedSamples.open(path).header if path.is_file() else None
-    is_told = sample is not None or manifest.criterion != criteria.REROUTE
-    data: list[str] = []
+    sample = evidence.sample
+    is_told = sample is not None or manifest.criterion not in criteria.OF_SAMPLE
     if not without_text and is_told and statistics is not None and len(statistics.calibration) == 1:
         record = statistics.calibration[0]
-        data += [word for part in record.sources for word in ("--data", str(part["source"]))]
-        settings = [
-            "--max-length",
-            str(statistics.settings["max_length"]),
-            "--dtype",
-            str(statistics.settings["dtype"]),
-        ]
-        if sample is not None:
-            settings += ["--reroute-tokens", str(sample.tokens), "--reroute-candidates", str(sample.candidates)]
-        words = ["observe", *source, *data, *settings, "--seed", str(record.seed), "-o", "statistics.safetensors"]
-        yield shlex.join(["reapkit", *words])
+        text = _text(record.sources, statistics.settings, record.seed)
+        sampled = (
+            ["--reroute-tokens", str(sample.tokens), "--reroute-candidates", str(sample.candidates)] if sample else []
+        )
+        yield shlex.join(["reapkit", "observe", *source, *text, *sampled, "-o", "statistics.safetensors"])
     seed = ["--seed", str(manifest.seed)] if manifest.seed is not None else []
     basis = source if without_text else ["statistics.safetensors"]
     keep = ["--keep", str(evidence.num_kept)]
-    named = ["--base-model", manifest.base_model] if manifest.base_model else []
+    options = ["--base-model", manifest.base_model] if manifest.base_model else []
+    if manifest.drop_mtp:
+        options += ["--mtp", "drop"]
+    elif manifest.unmeasured:
+        options += ["--mtp", f"same-as-layer-{next(iter(manifest.unmeasured.values()))}"]
     if (merging := manifest.merging) is not None:
-        # Similarity was measured on text of its own, which is known where it is that of the statistics.
-        text = (
-            data
-            if statistics is not None and merging.digest in {part.digest for part in statistics.calibration}
-            else []
-        )
-        how = ["--method", merging.method, *keep, "--router", merging.router, *text, "--tokens", str(merging.tokens)]
-        yield shlex.join(["reapkit", "merge", *source, "statistics.safetensors", *how, "-o", evidence.out.name, *named])
+        how = ["--method", merging.method, *keep, "--router", merging.router]
+        yield shlex.join(
+            ["reapkit", "merge", *source, "statistics.safetensors", *how, *_measured_on(evidence, merging), "-o", evidence.out.name,
+             *options]
+        )  # fmt: skip
         return
     path = evidence.out / PLAN_NAME
     chosen = PruningPlan.load(path).options if path.is_file() else {}
@@ -309,13 +306,31 @@ def _commands(evidence: Evidence) -> Iterator[str]:
     yield shlex.join(
         ["reapkit", "plan", *basis, "--criterion", manifest.criterion, *how, *keep, *seed, "-o", "plan.json"]
     )
-    options = ["--dequantize"] if manifest.dequantized else []
-    options += named
-    if manifest.drop_mtp:
-        options += ["--mtp", "drop"]
-    elif manifest.unmeasured:
-        options += ["--mtp", f"same-as-layer-{next(iter(manifest.unmeasured.values()))}"]
+    options = [*(["--dequantize"] if manifest.dequantized else []), *options]
     yield shlex.join(["reapkit", "prune", *source, "plan.json", "-o", evidence.out.name, *options])
+
+
+def _text(sources: Iterable[Mapping[str, Any]], settings: Mapping[str, Any], seed: int) -> list[str]:
+    """The options that name a text, and how it is run."""
+    data = [word for part in sources for word in ("--data", str(part["source"]))]
+    return [*data, "--max-length", str(settings["max_length"]), "--dtype", str(settings["dtype"]), "--seed", str(seed)]
+
+
+def _measured_on(evidence: Evidence, merging: Merging) -> list[str]:
+    """The options that name what the similarity of experts was measured on, by its file; without it, where that is the statistics' text."""
+    from reapkit.similarity import SIMILARITY_NAME, Similarities
+
+    path = evidence.out / SIMILARITY_NAME
+    if path.is_file():
+        found = Similarities.load(path)
+        text = _text(found.sources, found.settings, found.settings["seed"])
+        return [*text, "--tokens", str(found.settings["sample"])]
+    text = []
+    if (statistics := evidence.statistics) is not None:
+        for record in statistics.calibration:
+            if record.digest == merging.digest:
+                text = _text(record.sources, statistics.settings, record.seed)
+    return [*text, "--tokens", str(merging.tokens)]
 
 
 # ---- numbers of the charts --------------------------------------------------------------------------------------------------------

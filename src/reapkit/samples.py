@@ -266,8 +266,12 @@ def require_space(path: Path, header: SampleHeader) -> None:
         folder = folder.parent
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
-    there = outputs.unfinished(path)
-    if header.nbytes > free + (there.stat().st_blocks * 512 if there.exists() else 0):
+    with outputs.explained(path, hint="once that is cured, repeat the command"):
+        begun = [
+            file for file in (outputs.unfinished(path), path) if file.exists() and _begins_with(file, header.encode())
+        ]
+    # What is gone on with, unfinished or finished before the statistics were, needs no place again.
+    if header.nbytes > free + sum(file.stat().st_blocks * 512 for file in begun[:1]):
         raise OutputError(
             f"the sample of {header.tokens:,} tokens takes {header.nbytes / 1e6:,.1f} MB in {folder}, and {free / 1e6:,.1f} MB are free",
             hint="fewer --reroute-tokens, fewer --reroute-candidates, or another disk",

@@ -188,11 +188,25 @@ class Manifest:
             )
             if described:
                 raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
+            result._require_groups()
             return result
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{MANIFEST_NAME} in {out} is damaged: {type(error).__name__} {error}", hint="prune again"
             ) from None
+
+    def _require_groups(self) -> None:
+        """Raise ValueError unless every measured layer's groups hold all experts, around the kept ones."""
+        if self.merging is None:
+            return
+        groups, measured = self.merging.groups, self.kept.keys() - self.unmeasured.keys()
+        if groups.keys() != measured:
+            raise ValueError(f"it chose in the layers {sorted(measured)} and merged in {sorted(groups)}")
+        for layer, held in groups.items():
+            if sum(len(group.members) for group in held) != self.before.num_experts:
+                raise ValueError(f"the groups of layer {layer} do not hold {self.before.num_experts} experts")
+            if self.kept[layer] != tuple(group.centre for group in held):
+                raise ValueError(f"the groups of layer {layer} are not those of the kept experts")
 
 
 def _texts(value: Any) -> dict[str, str]:
@@ -407,6 +421,37 @@ def refuse_folder(checkpoint: Checkpoint, out: Path) -> None:
             raise OutputError(
                 f"the output folder {out} is not empty: it holds {found[0]}{more}", hint="give a new folder"
             )
+
+
+def refuse_other_merging(checkpoint: Checkpoint, out: Path, merging: Merging | None) -> None:
+    """Raise OutputError where the folder holds another output than this merging's, finished or not, before long work is done for it.
+
+    Args:
+        checkpoint: the source.
+        out: the output folder.
+        merging: the groups, whose neurons are not matched yet; None before they are known, when no begun output can be this merging's.
+    """
+    if (done := finished(out)) is not None:
+        begun = done.merging
+    elif (out / UNFINISHED_NAME).exists():
+        begun = _begun_merging(out)
+    else:
+        return
+    if merging is not None and begun is not None and replace(begun, alignment="") == merging:
+        return
+    refuse_folder(checkpoint, out)
+    raise OutputError(
+        f"{out} holds the unfinished output of another command (other merging)",
+        hint="repeat that command, or give another folder",
+    )
+
+
+def _begun_merging(out: Path) -> Merging | None:
+    """What an unfinished output's marker says of its groups; None where it says nothing that can be read."""
+    try:
+        return Merging.from_json(parse_json(read_small(out, UNFINISHED_NAME), origin=UNFINISHED_NAME)["merging"])
+    except (CheckpointError, KeyError, ValueError):
+        return None
 
 
 @contextmanager

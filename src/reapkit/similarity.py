@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as encode
 from torch import Tensor, nn
@@ -25,28 +26,36 @@ from torch import Tensor, nn
 from reapkit import outputs
 from reapkit.calibration import CalibrationBatch, CalibrationData, Document, batches
 from reapkit.clusters import Similarity
-from reapkit.errors import UnsupportedError
+from reapkit.errors import DataError, ReapkitError, UnsupportedError
 from reapkit.experts import RoutedPairs, experts_of, running
 from reapkit.formats import decode
 from reapkit.layout import MoELayer
 from reapkit.modules import StreamedModel, SuspendedForwards
-from reapkit.observation import (
-    MAX_SUSPENDED,
-    Observation,
-    bytes_per_token,
-    default_budget,
-    split_into_waves,
-    tokens_per_batch,
-)
+from reapkit.observation import MAX_SUSPENDED, Observation, bytes_per_token, split_into_waves, tokens_per_batch
 from reapkit.progress import Progress, silent
-from reapkit.tensors import read_header
+from reapkit.tensors import (
+    MAX_NUMBER,
+    as_count,
+    as_list,
+    as_table,
+    as_text,
+    name_by_layer,
+    parse_json,
+    read_header,
+    split_by_layer,
+)
 
 FORMAT = "reapkit-similarity-1"
+# Where merging keeps it in an output's folder.
+SIMILARITY_NAME = "reapkit/similarity.safetensors"
 # Mean outputs of experts and products of logits settle long before saliency does: the papers take 32 sequences of 2,048 tokens at most.
 # More costs E times what observing them costs.
 SAMPLE_TOKENS = 16_384
 # Inputs on which neurons are compared: with 512 of D values for 62 layers of MiniMax-M2, 0.4 GB.
 KEPT_INPUTS = 512
+
+
+_PARTS = tuple(part.name for part in fields(Similarity) if part.name != "tokens")
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,14 @@ class Similarities:
         tokens: size of the sample.
         digest: of the text that the sample was taken from.
         settings: of the observation, and the layout's fingerprint.
+        sources: what was read, for people.
     """
 
     layers: Mapping[int, Similarity]
     tokens: int
     digest: str
     settings: Mapping[str, Any]
+    sources: tuple[Mapping[str, Any], ...]
 
     def save(self, path: Path) -> None:
         """Write to one safetensors file.
@@ -71,37 +82,68 @@ class Similarities:
         Raises:
             OutputError: the system refuses.
         """
-        arrays = {
-            f"layers.{index}.{part.name}": np.ascontiguousarray(getattr(layer, part.name))
-            for index, layer in self.layers.items()
-            for part in fields(layer)
-            if part.name != "tokens"
-        }
-        described = {"tokens": self.tokens, "digest": self.digest, "settings": dict(self.settings)}
-        outputs.save(path, encode(arrays, metadata={FORMAT: json.dumps(described, sort_keys=True)}))
+        described = {name: getattr(self, name) for name in ("tokens", "digest", "settings", "sources")}
+        metadata = {FORMAT: json.dumps(described, sort_keys=True)}
+        outputs.save(path, encode(name_by_layer(self.layers, _PARTS), metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> Similarities:
-        """Read what `save` wrote."""
-        header, metadata = read_header(path)
-        described, arrays = json.loads(metadata[FORMAT]), load_file(path)
-        layers = {
-            index: Similarity(
-                tokens=described["tokens"],
-                **{
-                    part.name: arrays[f"layers.{index}.{part.name}"]
-                    for part in fields(Similarity)
-                    if part.name != "tokens"
-                },
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: it is something else, or damaged.
+        """
+        try:
+            _, metadata = read_header(path)
+            described = parse_json(metadata[FORMAT], origin="its description")
+            tokens = as_count(described["tokens"], least=1)
+            layers = {
+                index: Similarity(tokens=tokens, **parts)
+                for index, parts in split_by_layer(load_file(path), _PARTS).items()
+            }
+            for index, layer in layers.items():
+                _require_consistent(index, layer)
+            settings, sources = as_table(described["settings"]), tuple(map(as_table, as_list(described["sources"])))
+            for value in (settings["dtype"], *(source["source"] for source in sources)):
+                as_text(value)
+            for name in ("max_length", "sample", "seed"):
+                as_count(settings[name], least=-MAX_NUMBER)
+            return cls(layers, tokens, as_text(described["digest"]), settings, sources)
+        except (ReapkitError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"{path} is damaged or does not hold the similarity of experts: {reason}",
+                hint="remove it and repeat the command, which measures it again",
+            ) from None
+
+
+def _require_consistent(index: int, layer: Similarity) -> None:
+    """Raise ValueError unless a layer's arrays have the shapes that they have together, and hold numbers."""
+    (num_experts, hidden), sample = (*layer.output_ED.shape, 0, 0)[:2], (*layer.inputs_ND.shape, 0, 0)[:2]
+    shapes = dict.fromkeys(("output_ED", "gated_ED"), (num_experts, hidden))
+    shapes |= {"gram_EE": (num_experts, num_experts), "inputs_ND": sample}
+    for name, shape in shapes.items():
+        values, dtype = getattr(layer, name), np.float32 if name == "inputs_ND" else np.float64
+        if values.shape != shape or values.dtype != dtype:
+            raise ValueError(
+                f"{name} of layer {index} is {values.dtype} {list(values.shape)}, not {np.dtype(dtype)} {list(shape)}"
             )
-            for index in sorted({int(name.split(".")[1]) for name in header})
-        }
-        return cls(layers, **described)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} of layer {index} holds a value that is not finite")
 
 
 def settings_of(observation: Observation, *, tokens: int) -> dict[str, Any]:
     """What must agree for similarities to be those that `measure` would find."""
     return {**observation.settings, "seed": observation.seed, "sample": tokens, "source": asdict(observation.source)}
+
+
+def differing(found: Similarities, observation: Observation, *, tokens: int) -> str | None:
+    """What tells similarities from those that `measure` would find: the name of a setting, or the text."""
+    wanted = settings_of(observation, tokens=tokens)
+    names = sorted(wanted.keys() | found.settings.keys())
+    if (what := next((name for name in names if found.settings.get(name) != wanted.get(name)), None)) is not None:
+        return what
+    return None if found.digest == observation.data.digest else "text"
 
 
 def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: Progress = silent) -> Similarities:
@@ -120,7 +162,7 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
     parts = batches(data, tokens_per_batch=tokens_per_batch(model))
     waves = split_into_waves(
         parts,
-        budget=default_budget(model),
+        budget=observation.budget,
         bytes_per_token=bytes_per_token(model),
         max_batches=MAX_SUSPENDED,
     )
@@ -132,21 +174,25 @@ def measure(observation: Observation, *, tokens: int = SAMPLE_TOKENS, progress: 
 
         def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:
             nonlocal done
-            if layer < len(model.layers):
-                done += int(wave[number].length_B.sum())
-                progress("similarity", done, total, "tokens x layers")
+            done += int(wave[number].length_B.sum())
+            progress("similarity", done, total, "tokens x layers")
 
         inputs, images = [batch.input_ids_BT for batch in wave], [batch.images for batch in wave]
         masks = [_Mask(torch.from_numpy(batch.mask_BT.reshape(-1)).to(model.device)) for batch in wave]
         with (
             _seen(model, sums),
-            SuspendedForwards(model, inputs, images=images, observe=masks, keep_outputs=False) as forwards,
+            SuspendedForwards(
+                model, inputs, images=images, observe=masks, place=observation.place, keep_outputs=False, with_mtp=False
+            ) as forwards,
         ):
             forwards.run_layers(after_batch)
     assert all(layer.tokens == data.num_tokens for layer in sums.values())
-    settings = settings_of(observation, tokens=tokens)
     return Similarities(
-        {index: layer.similarity() for index, layer in sums.items()}, data.num_tokens, observation.data.digest, settings
+        {index: layer.similarity() for index, layer in sums.items()},
+        data.num_tokens,
+        observation.data.digest,
+        settings_of(observation, tokens=tokens),
+        tuple(source.to_json() for source in observation.data.sources),
     )
 
 

@@ -23,7 +23,18 @@ from reapkit import hub, outputs
 from reapkit.checkpoint import exists
 from reapkit.errors import CheckpointError, DataError, PlanError, ReapkitError
 from reapkit.layout import Identity
-from reapkit.tensors import MAX_NUMBER, as_count, as_list, as_table, as_text, brief, parse_json, read_header
+from reapkit.tensors import (
+    MAX_NUMBER,
+    as_count,
+    as_list,
+    as_table,
+    as_text,
+    brief,
+    name_by_layer,
+    parse_json,
+    read_header,
+    split_by_layer,
+)
 
 Array = NDArray[np.float64]
 
@@ -77,6 +88,9 @@ class LayerStatistics:
             if not np.isfinite(values).all():
                 expert = int(np.argwhere(~np.isfinite(values))[0][-1])
                 raise DataError(f"layer {layer}, expert {expert}: the sum {name} is not finite")
+
+
+_PARTS = tuple(part.name for part in fields(LayerStatistics))
 
 
 @dataclass(frozen=True)
@@ -145,11 +159,6 @@ class Statistics:
         Raises:
             OutputError: the system refuses.
         """
-        arrays = {
-            f"layers.{index}.{part.name}": np.ascontiguousarray(getattr(layer, part.name))
-            for index, layer in self.layers.items()
-            for part in fields(layer)
-        }
         described = {
             part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("layers", "calibration")
         }
@@ -157,8 +166,7 @@ class Statistics:
         described["calibration"] = [vars(record) for record in self.calibration]
         # One entry: the library writes several in an order that changes from run to run.
         metadata = {FORMAT: json.dumps(described, sort_keys=True)}
-
-        outputs.save(path, encode(arrays, metadata=metadata))
+        outputs.save(path, encode(name_by_layer(self.layers, _PARTS), metadata=metadata))
 
     @classmethod
     def load(cls, path: Path, *, unfinished: bool = False) -> Statistics:
@@ -170,7 +178,7 @@ class Statistics:
         if not path.is_file():
             raise DataError(f"there is no statistics file {path}", hint="make one with reapkit observe")
         try:
-            header, metadata = read_header(path)
+            _, metadata = read_header(path)
         except ReapkitError as error:
             raise DataError(
                 f"{path} is damaged or not a statistics file: {error.message}", hint="observe again"
@@ -179,11 +187,8 @@ class Statistics:
             raise DataError(f"{path} is not a statistics file of reapkit", hint="make one with reapkit observe")
         try:
             described = parse_json(metadata[FORMAT], origin="its description")
-            arrays = load_file(path)
-            layers: dict[int, LayerStatistics] = {}
-            for index in sorted({int(name.split(".")[1]) for name in header}):
-                names = {part.name: f"layers.{index}.{part.name}" for part in fields(LayerStatistics)}
-                layers[index] = LayerStatistics(**{part: arrays[name] for part, name in names.items()})
+            arrays = split_by_layer(load_file(path), _PARTS)
+            layers = {index: LayerStatistics(**parts) for index, parts in arrays.items()}
             result = cls(
                 source=Identity.from_json(described.pop("source")),
                 calibration=tuple(map(CalibrationRecord.from_json, as_list(described.pop("calibration")))),
@@ -196,8 +201,6 @@ class Statistics:
             )
             if described:
                 raise ValueError(f"the entry {brief(next(iter(described)))} is unknown")
-            if not layers:
-                raise ValueError("no layers")
             if len(set(result.domains)) < len(result.domains):
                 raise ValueError("a domain is listed twice")
             if result.num_experts % result.num_groups:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from reapkit.errors import CheckpointError, UnsupportedError, did_you_mean
 
@@ -162,6 +165,31 @@ def read_layers(value: Any) -> Iterator[tuple[int, Any]]:
     if len(set(numbers)) < len(numbers):
         raise ValueError("a layer is listed twice")
     yield from zip(numbers, entries.values(), strict=True)
+
+
+def name_by_layer(layers: Mapping[int, Any], parts: Collection[str]) -> dict[str, Any]:
+    """Every layer's arrays, its attributes `parts`, by their names in a file: `layers.3.count_SE`."""
+    return {
+        f"layers.{index}.{part}": np.ascontiguousarray(getattr(layer, part))
+        for index, layer in layers.items()
+        for part in parts
+    }
+
+
+def split_by_layer(arrays: Mapping[str, Any], parts: Collection[str]) -> dict[int, dict[str, Any]]:
+    """What `name_by_layer` named, by layer and part; ValueError where there is anything else, or a layer lacks a part."""
+    layers: dict[int, dict[str, Any]] = {}
+    for name, values in arrays.items():
+        match = re.fullmatch(r"layers\.([0-9]+)\.(\w+)", name)
+        if match is None or match[2] not in parts:
+            raise ValueError(f"{brief(name)} is nothing that belongs there")
+        layers.setdefault(int(match[1]), {})[match[2]] = values
+    for index, found in layers.items():
+        if missing := sorted(set(parts) - found.keys()):
+            raise ValueError(f"layers.{index}.{missing[0]} is missing")
+    if not layers:
+        raise ValueError("it has no layers")
+    return dict(sorted(layers.items()))
 
 
 def brief(value: Any) -> str:
