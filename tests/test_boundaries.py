@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -254,8 +255,10 @@ def test_a_disk_that_no_longer_gives_the_checkpoint_is_one_sentence_and_names_th
             assert path == "/README.md", "the card does without what the source says of itself"
         else:
             require_one_sentence(ended, errno.EIO)
-            # transformers, which reads config and tokenizer again, does not say which file it was.
-            assert Path(path).name in ended.said or "safetensors" not in path
+            # Several shards are read at once, so it may be another's; transformers does not say which of its files it was.
+            assert ".safetensors" not in path or re.search(
+                r"error: model\S*\.safetensors\S* cannot be read", ended.said
+            )
         if verb in ("observe", "prune"):
             shutil.rmtree(out, ignore_errors=True)
     disturbances.record(f"unreadable {verb}", {"test": "reads refused", "refused": len(places)})

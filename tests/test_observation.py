@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -323,7 +323,9 @@ def test_an_output_that_overflows_is_reported_with_layer_expert_and_micro_batch(
     with pytest.raises(DataError, match="layer 1, expert 3, micro-batch 0: its output or gate weight is NaN") as caught:
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
     assert "--dtype float32" in str(caught.value.hint)
-    assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_Forward"]
+    del caught
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found).__name__ == "_Forward"], "they are let go"
 
 
 PLACES = {
