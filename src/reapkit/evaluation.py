@@ -1060,18 +1060,26 @@ def _alive_or(endpoint: Endpoint, reason: str) -> str:
 def _run_lm_eval(subject: Subject, endpoint: Endpoint, settings: Settings, out: Path) -> dict[str, Cell]:
     """Multiple choice by log-likelihoods, which lm-eval asks the server's completions for."""
     folder = out / "logs" / subject.name / "lm-eval"
-    tokenizer = endpoint.model if is_url(subject.source) else subject.source
-    arguments = (
-        f"model={endpoint.model},base_url={endpoint.url}/completions,tokenizer={tokenizer},num_concurrent={CONNECTIONS}"
-    )
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {
+        "model": endpoint.model,
+        "base_url": f"{endpoint.url}/completions",
+        "tokenizer": endpoint.model if is_url(subject.source) else subject.source,
+        "tokenizer_backend": "huggingface",
+        "num_concurrent": CONNECTIONS,
+    }
+    if endpoint.max_length is not None:
+        arguments["max_length"] = endpoint.max_length
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", json.dumps(arguments),
                "--tasks", ",".join(MULTIPLE_CHOICE), "--seed", str(settings.sampling.seed), "--output_path", str(folder)]  # fmt: skip
     if settings.limit is not None:
         command += ["--limit", str(settings.limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    key = {"OPENAI_API_KEY": os.environ[KEY_VARIABLE]} if KEY_VARIABLE in os.environ else {}
+    log = folder / "lm-eval.log"
+    with log.open("wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **key}, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = _alive_or(endpoint, f"lm-eval ended: {lines[-1][:300] if lines else 'it said nothing'}")
+        reason = _alive_or(endpoint, f"lm-eval ended: {_said(log)}")
         return dict.fromkeys(MULTIPLE_CHOICE, Cell(None, reason))
     return read_lm_eval(max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime))
 
