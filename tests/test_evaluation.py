@@ -229,6 +229,7 @@ def test_figures_differences_and_errors_by_hand() -> None:
     assert second.difference == Figure(pytest.approx(1 / 6), pytest.approx((7 / 12 / 3) ** 0.5))
     assert Cell(None, "gone").against(first).difference is None
     assert Cell.of({}) == Cell(None, "no problem was scored")
+    second = replace(second, notes=("a",), seconds=1.5, tokens=7, max_tokens=9)
     assert Cell.from_json(json.loads(json.dumps(second.to_json()))) == second
 
 

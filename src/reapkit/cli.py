@@ -980,6 +980,9 @@ def eval_(
             write(evaluation, output)
         else:
             evaluation = evaluate(models or [], settings, out=output, progress=progress)
+    if replies is not None and (unknown := evaluation.settings["unknown"]):
+        _note(f"[bold]note:[/] {len(unknown)} problems that {_escape(str(replies))} replies to are not among those read: "
+              f"{_escape(', '.join(unknown[:3]))}{'…' if len(unknown) > 3 else ''}")  # fmt: skip
     for folder in evaluation.outputs:
         _refresh_card(folder, quiet=quiet)
     if as_json:

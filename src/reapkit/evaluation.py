@@ -156,7 +156,8 @@ class Cell:
         difference: to the first model, on the same problems; None for the first model itself.
         scores: by problem, mean over its repeats.
         notes: what a reader must know, such as `stand-in`.
-        seconds: wall time; tokens: generated, None where nobody counted.
+        seconds: wall time; tokens: generated, None where nobody counted; max_tokens: what a reply was allowed, which may be less than
+            the benchmark's own where the server holds less.
     """
 
     figure: Figure | None
@@ -166,6 +167,7 @@ class Cell:
     seconds: float | None = None
     tokens: int | None = None
     difference: Figure | None = None
+    max_tokens: int | None = None
 
     @classmethod
     def of(cls, scores: Mapping[str, Sequence[float]], **details: Any) -> Cell:
@@ -192,6 +194,7 @@ class Cell:
             "problems": len(self.scores),
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "max_tokens": self.max_tokens,
             "scores": dict(self.scores),
         }
 
@@ -199,7 +202,16 @@ class Cell:
     def from_json(cls, row: Mapping[str, Any]) -> Cell:
         figure = None if row["value"] is None else Figure(row["value"], row["standard_error"])
         difference = None if row["difference"] is None else Figure(**row["difference"])
-        return cls(figure, row["error"], row["scores"], tuple(row["notes"]), row["seconds"], row["tokens"], difference)
+        return cls(
+            figure,
+            row["error"],
+            row["scores"],
+            tuple(row["notes"]),
+            row["seconds"],
+            row["tokens"],
+            difference,
+            row["max_tokens"],
+        )
 
 
 @dataclass(frozen=True)
@@ -932,7 +944,7 @@ def _run_inspect(
     )
     cells: dict[str, Cell] = {}
     for log in logs:
-        cells |= _cells_of(log, entry, endpoint, notes)
+        cells |= _cells_of(log, entry, endpoint, notes, max_tokens)
     return cells
 
 
@@ -1003,7 +1015,9 @@ class _Counted:
         self._progress(self._task, self._done, max(self.total, self._done), "replies")
 
 
-def _cells_of(log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple[str, ...]) -> dict[str, Cell]:
+def _cells_of(
+    log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple[str, ...], max_tokens: int | None
+) -> dict[str, Cell]:
     """A log's cells by row; of a task that is not ours the row is the task's name."""
     rows = entry.rows if isinstance(entry, Benchmark) else (str(log.eval.task).rpartition("/")[2],)
     if log.status != "success":
@@ -1022,7 +1036,8 @@ def _cells_of(log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple
     tokens = sum(usage.output_tokens for usage in log.stats.model_usage.values())
     tokens -= sum(usage.output_tokens for usage in log.stats.role_usage.values())
     times = [datetime.fromisoformat(moment) for moment in (log.stats.started_at, log.stats.completed_at)]
-    details = {"notes": notes, "seconds": (times[1] - times[0]).total_seconds(), "tokens": tokens}
+    seconds = (times[1] - times[0]).total_seconds()
+    details = {"notes": notes, "seconds": seconds, "tokens": tokens, "max_tokens": max_tokens}
     return {row: Cell.of(values, **details) for row, values in scores.items()}
 
 

@@ -119,7 +119,7 @@ def test_programs_and_mathematics_are_asked_and_scored(data: Path, tmp_path: Pat
         assert values == {"HumanEval": [0.75, 0], "HumanEval+": [0.5, 0], "MATH-500": [0.75, 0]}
         assert result.rows["HumanEval+"][1].difference == Figure(-0.5, pytest.approx((1 / 12) ** 0.5))
         assert len(asked) == 8 and {(body["temperature"], body["max_tokens"]) for body in asked} == {(0.0, 64)}
-        assert result.rows["HumanEval"][0].tokens == 8
+        assert result.rows["HumanEval"][0].tokens == 8 and result.rows["HumanEval"][0].max_tokens == 64
         # A second call asks for nothing, and so does one after which only the table was lost.
         evaluate([f"original={url}", f"pruned={other}"], settings, out=tmp_path / "out")
         (tmp_path / "out/eval.json").unlink()
@@ -189,6 +189,14 @@ def test_repeats_are_asked_anew_and_averaged_by_problem(data: Path, tmp_path: Pa
     assert (
         len(asked) == 8 and cell.scores.keys() == {"q1", "q2"} and cell.figure is not None and 0 < cell.figure.value < 1
     )
+
+
+def test_the_room_for_a_reply_is_what_the_server_has_and_is_recorded(data: Path, tmp_path: Path) -> None:
+    settings = Settings(only=("math500",), data_dir=data, limit=1)
+    with serving(scripted) as (url, asked):
+        [cell] = evaluate([f"m={url}"], settings, out=tmp_path / "out").rows["MATH-500"]
+        # Of 32,768 tokens, 4,096 are left to the prompt.
+        assert cell.max_tokens == 28672 and [body["max_tokens"] for body in asked] == [28672]
 
 
 def test_a_killed_run_loses_no_reply_that_it_had(data: Path, tmp_path: Path) -> None:
