@@ -23,8 +23,9 @@ QUESTIONS = 12
 TASKS = {
     "both": "task: both\n{}metric_list:\n  - metric: acc\n  - metric: acc_norm\n",
     "plain": "task: plain\n{}metric_list:\n  - metric: acc\n",
-    "together": "group: together\ntask: [both, plain]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n",
+    "together": "group: together\ntask: [part]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n",
 }
+PARTS = {"part": "task: part\n{}metric_list:\n  - metric: acc\n"}
 COMMON = """dataset_path: json
 dataset_kwargs:
   data_files:
@@ -37,17 +38,13 @@ doc_to_target: answer
 """
 
 
-def questions() -> list[dict[str, object]]:
+def questions() -> list[tuple[str, list[str]]]:
     """Sums with four answers of different lengths."""
     draw = random.Random(0)
-    rows = []
-    for _ in range(QUESTIONS):
-        one, other = draw.randrange(10, 90), draw.randrange(10, 90)
-        choices = [f"{one + other}", f"{one}", f"the number {one - other}", f"{one * other} in all"]
-        answer = draw.randrange(4)
-        choices[0], choices[answer] = choices[answer], choices[0]
-        rows.append({"question": f"What is {one} + {other}? It is", "choices": choices, "answer": answer})
-    return rows
+    pairs = [(draw.randrange(10, 90), draw.randrange(10, 90)) for _ in range(QUESTIONS)]
+    return [
+        (f"What is {a} + {b}? It is", [f"{a + b}", f"{a}", f"the number {a - b}", f"{a * b} in all"]) for a, b in pairs
+    ]
 
 
 def loglikelihood(endpoint: Endpoint, question: str, choice: str) -> float:
@@ -72,21 +69,20 @@ def loglikelihood(endpoint: Endpoint, question: str, choice: str) -> float:
 def main() -> None:
     url, model = sys.argv[1:]
     endpoint = connect(url)
-    rows = questions()
-    found = [[loglikelihood(endpoint, row["question"], choice) for choice in row["choices"]] for row in rows]  # type: ignore[arg-type, attr-defined]
-    best = [max(range(4), key=values.__getitem__) for values in found]
-    normed = [
-        max(range(4), key=lambda place, values=values, row=row: values[place] / len(row["choices"][place]))  # type: ignore[misc, index]
-        for values, row in zip(found, rows, strict=True)
-    ]
-    plain, by_length = (
-        sum(place == row["answer"] for place, row in zip(places, rows, strict=True)) / QUESTIONS
-        for places in (best, normed)
-    )
+    rows, plain, by_length = [], 0, 0
+    for number, (question, choices) in enumerate(questions()):
+        found = [loglikelihood(endpoint, question, choice) for choice in choices]
+        best = found.index(max(found))
+        normed = [value / len(choice) for value, choice in zip(found, choices, strict=True)]
+        # The right answer is the model's own but for every third question: what is tested is not what the model knows.
+        answer = best if number % 3 else (best + 1) % 4
+        rows.append({"question": question, "choices": choices, "answer": answer})
+        plain += best == answer
+        by_length += normed.index(max(normed)) == answer
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name, text in TASKS.items():
+        for name, text in (TASKS | PARTS).items():
             (folder / f"{name}.yaml").write_text(text.format(COMMON.format(file=folder / "rows.jsonl")))
         # lm-eval finds tasks in its own folder and in one that it is told of.
         program = folder / "python"
@@ -96,10 +92,10 @@ def main() -> None:
         evaluation.MULTIPLE_CHOICE = tuple(TASKS)  # type: ignore[attr-defined]
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         cells = evaluation._run_lm_eval(Subject("m", model, None), endpoint, Settings(), folder / "out")
-    for name, wanted in (("both", by_length), ("plain", plain), ("together", plain)):
+    for name, right in (("both", by_length), ("plain", plain), ("together", plain)):
         cell = cells[name]
-        print(f"{name}: lm-eval {cell.figure}, by hand {wanted:.4f}, {cell.reason or cell.notes[0]}")
-        assert cell.figure is not None and abs(cell.figure.value - wanted) < 1e-9, name
+        print(f"{name}: lm-eval {cell.figure}, by hand {right} of {QUESTIONS}, {cell.reason or cell.notes[0]}")
+        assert cell.figure is not None and abs(cell.figure.value - right / QUESTIONS) < 1e-9, name
 
 
 if __name__ == "__main__":
