@@ -227,6 +227,21 @@ def test_a_killed_run_loses_no_reply_that_it_had(data: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"][0]["cells"][0]["value"] == 0.75
 
 
+def test_a_killed_run_leaves_no_grader_behind(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import multiprocessing, os, signal\nfrom reapkit.grading import grading\n"
+        "if __name__ == '__main__':\n    with grading() as grader:\n        assert grader.submit('2', '2').result()\n"
+        "        print(multiprocessing.active_children()[0].pid, flush=True)\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("only", ["math500", "tau2-telecom"])
 def test_a_server_that_dies_is_the_cells_reason_and_no_zero(data: Path, tmp_path: Path, only: str) -> None:
     with serving(lambda body: "\\boxed{2}") as (user, _), serving(lambda body: None) as (_, asked):
