@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from reapkit import cli, reporting, shards
 from reapkit.cli import app, parse_size
-from reapkit.errors import UsageError
+from reapkit.errors import SandboxError, UsageError
 from reapkit.statistics import Statistics
 from tiny import add_tokenizer, make_fp8, make_m2, read_json, write_json
 
@@ -308,6 +308,26 @@ def test_eval_shows_what_could_not_be_run_and_fails(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "2 of 2 cells are empty; the table says why" in result.stderr
     assert "| MBPP+ | - [1] |" in result.stdout and "no server answers at http://127.0.0.1:9" in result.stdout
     assert (tmp_path / "out/eval.json").exists()
+
+
+def test_eval_scores_replies_and_names_those_to_no_problem(tmp_path: Path) -> None:
+    from reapkit import sandbox
+
+    try:
+        sandbox.find(None)
+    except SandboxError as error:
+        pytest.skip(error.message)
+    problem = {"task_id": "a", "prompt": "", "entry_point": "f", "canonical_solution": "def f(x): return x", "base_input": [[1]],
+               "plus_input": [[2]], "atol": 0}  # fmt: skip
+    (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(problem) + "\n")
+    replies = tmp_path / "mine.jsonl"
+    replies.write_text("".join(json.dumps({"id": name, "reply": "def f(x): return x"}) + "\n" for name in "abc"))
+    command = ("eval", "--replies", replies, "--data-dir", tmp_path, "--only", "humaneval", "-o", tmp_path / "out")
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert "| HumanEval+ | 100.0 |" in result.stdout and "are not among those read: b, c" in result.stderr
+    dry = json.loads(run(*command, "--dry-run").stdout)["settings"]
+    assert dry["replies"]["source"] == "mine.jsonl" and "sampling" not in dry
 
 
 def test_eval_brings_its_table_into_the_card_of_an_output(

@@ -229,6 +229,7 @@ def test_figures_differences_and_errors_by_hand() -> None:
     assert second.difference == Figure(pytest.approx(1 / 6), pytest.approx((7 / 12 / 3) ** 0.5))
     assert Cell(None, "gone").against(first).difference is None
     assert Cell.of({}) == Cell(None, "no problem was scored")
+    second = replace(second, notes=("a",), seconds=1.5, tokens=7, max_tokens=9)
     assert Cell.from_json(json.loads(json.dumps(second.to_json()))) == second
 
 
@@ -284,7 +285,8 @@ def test_every_setting_that_decides_a_figure_is_recorded() -> None:
         "max_tokens": 65536,
         "repeats": 8,
     }
-    assert described["settings"]["user_simulator"] == "http://user" and described["settings"]["limit"] == 5
+    assert described["settings"]["user_simulator"] == {"source": "http://user", "identity": None}
+    assert described["settings"]["limit"] == 5
     assert set(benchmarks.PUBLISHED) == set(described["benchmarks"])
 
 
@@ -326,33 +328,181 @@ def test_vllm_that_cannot_be_started_or_ends_is_said_with_its_own_words(tmp_path
     assert reason(str(program)) == f"the server of {tmp_path} did not start: ValueError: too large"
 
 
+class Runs:
+    """Stands in for asking and scoring: what was asked of whom, every figure one half; servers serve `models` by URL."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[str] = []
+        self.connected: list[str] = []
+        self.models: dict[str, str] = {}
+        monkeypatch.setattr(evaluation, "_run", self.run)
+        monkeypatch.setattr(evaluation, "_enter", self.enter)
+
+    def enter(self, stack: Any, source: str, *_: Any) -> Endpoint:
+        self.connected.append(source)
+        return Endpoint(source, self.models.get(source, "m"))
+
+    def run(
+        self, entry: Any, subject: Subject, started: Any, user: Any, settings: Settings, tools: Any, *_: Any
+    ) -> dict[str, Cell]:
+        name = entry if isinstance(entry, str) else entry.name
+        self.ran.append(f"{subject.name} {name}")
+        if name != "tau2-telecom":
+            tools.sources[name] = tools.told(entry)
+        return dict.fromkeys(getattr(entry, "rows", (name,)), Cell.of({"a": [1.0], "b": [0.0]}))
+
+    def since(self) -> list[str]:
+        ran, self.ran = self.ran, []
+        return ran
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(monkeypatch)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    write_rows(folder / "HumanEvalPlus.jsonl", [problem_row(1)])
+    write_rows(folder / "MbppPlus.jsonl", [problem_row(2, task_id="Mbpp/1")])
+    write_rows(folder / "MATH-500.jsonl", [{"unique_id": "q", "problem": "1 + 1", "answer": "2"}])
+    return folder
+
+
 def test_cells_that_are_done_are_kept_and_the_others_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[str] = []
-
-    def run(entry: Any, subject: Subject, *_: Any) -> dict[str, Cell]:
-        ran.append(f"{subject.name} {entry.name}")
-        if entry.name == "mbpp" and len(ran) < 4:
-            return dict.fromkeys(entry.rows, Cell(None, "the server died"))
-        if len(ran) == 3:
+    def interrupted(entry: Any, *rest: Any) -> dict[str, Cell]:
+        cells = runs.run(entry, *rest)
+        if len(runs.ran) == 3:
             raise KeyboardInterrupt
-        return dict.fromkeys(entry.rows, Cell.of({"a": [1.0], "b": [0.0]}))
+        return dict.fromkeys(entry.rows, Cell(None, "the server died")) if entry.name == "mbpp" else cells
 
-    monkeypatch.setattr(evaluation, "_run", run)
-    monkeypatch.setattr(evaluation, "connect", lambda url: Endpoint(url, "m"))
-    settings = Settings(only=("humaneval", "mbpp", "math500"))
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(["http://a"], settings, out=tmp_path)
+    settings = Settings(only=("humaneval", "mbpp", "math500"), data_dir=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(["http://a"], settings, out=tmp_path)
     kept = json.loads((tmp_path / "eval.json").read_text())
     assert [row["cells"][0]["value"] for row in kept["benchmarks"]] == [0.5, 0.5, None, None]
+    assert runs.since() == ["http://a humaneval", "http://a mbpp", "http://a math500"]
     result = evaluate(["http://a"], settings, out=tmp_path)
-    assert ran == ["http://a humaneval", "http://a mbpp", "http://a math500", "http://a mbpp", "http://a math500"]
-    assert result.complete
+    assert runs.since() == ["http://a mbpp", "http://a math500"] and result.complete
     evaluate(["http://a"], settings, out=tmp_path)
-    assert len(ran) == 5
+    assert not runs.since()
     evaluate(["http://a"], replace(settings, limit=3), out=tmp_path)  # other settings, other figures
-    assert len(ran) == 8
+    assert runs.since() == ["http://a humaneval", "http://a mbpp", "http://a math500"]
+
+
+CONVERSING = ("humaneval", "math500", "tau2-telecom")
+
+
+def test_a_run_that_has_nothing_to_do_loses_nothing_and_asks_nobody(runs: Runs, data: Path, tmp_path: Path) -> None:
+    settings = Settings(only=CONVERSING, data_dir=data, user="http://user")
+    runs.models["http://user"] = "the user"
+    first = evaluate(["http://a", "http://b"], settings, out=tmp_path)
+    problems = first.settings["problems"]
+    assert problems["humaneval"].keys() == {"source", "sha256"} and problems["math500"]["source"] == "MATH-500.jsonl"
+    assert first.settings["user_simulator"] == {"source": "http://user", "identity": "the user"}
+    written = (tmp_path / "eval.json").read_bytes()
+    runs.connected.clear()
+    again = evaluate(["http://a", "http://b"], settings, out=tmp_path)
+    assert not runs.connected and again.settings == first.settings and again.subjects == first.subjects
+    assert (tmp_path / "eval.json").read_bytes() == written
+    # A model beside them is asked alone, and the record stays whole.
+    runs.since()
+    more = evaluate(["http://a", "http://b", "http://c"], settings, out=tmp_path)
+    assert runs.since() == ["http://c humaneval", "http://c math500", "http://c tau2-telecom"]
+    assert more.settings == first.settings and [subject.identity for subject in more.subjects] == ["m"] * 3
+
+
+def test_a_changed_setting_reruns_the_cells_that_it_decides(runs: Runs, data: Path, tmp_path: Path) -> None:
+    settings = Settings(only=CONVERSING, data_dir=data, user="http://user")
+
+    def ran(settings: Settings) -> list[str]:
+        evaluate(["m=http://a"], settings, out=tmp_path)
+        return [row.removeprefix("m ") for row in runs.since()]
+
+    assert ran(settings) == list(CONVERSING)
+    settings = replace(settings, user="http://other")
+    assert ran(settings) == ["tau2-telecom"]
+    settings = replace(settings, message_limit=7)
+    assert ran(settings) == ["tau2-telecom"]
+    settings = replace(settings, sampling=evaluation.Sampling(temperature=0.5))
+    assert ran(settings) == ["humaneval", "math500"]
+    settings = replace(settings, user=None)
+    assert ran(settings) == ["tau2-telecom"]
+    moved = data.rename(tmp_path / "moved")
+    settings = replace(settings, data_dir=moved)
+    assert ran(settings) == []  # the same problems at another place
+    write_rows(moved / "MATH-500.jsonl", [{"unique_id": "q", "problem": "1 + 2", "answer": "3"}])
+    assert ran(settings) == ["math500"]
+    write_rows(moved / "HumanEvalPlus.jsonl", [problem_row(1, plus_input=[[4]])])
+    assert ran(settings) == ["humaneval"]
+    settings = replace(settings, serve_arguments=("--dtype", "float32"))
+    assert ran(settings) == list(CONVERSING)
+
+
+def test_another_model_at_the_same_place_is_asked_anew(runs: Runs, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    settings = Settings(only=("math500", "tau2-telecom"), data_dir=data, user="http://user")
+    models = ["original=http://a", f"pruned={folder}"]
+    evaluate(models, settings, out=tmp_path / "out")
+    assert len(runs.since()) == 4
+    (folder / "README.md").write_text("a card is no part of the model")
+    evaluate(models, settings, out=tmp_path / "out")
+    assert not runs.since()
+    (folder / "model.safetensors").write_bytes(b"another")
+    result = evaluate(models, settings, out=tmp_path / "out")
+    assert runs.since() == ["pruned math500", "pruned tau2-telecom"]
+    assert result.subjects[1].identity == Subject.parse(str(folder)).identity
+    # What a URL serves is known when it is asked, for which something must be waiting.
+    runs.models["http://a"] = "another"
+    evaluate(models, replace(settings, only=(*settings.only, "humaneval")), out=tmp_path / "out")
+    assert runs.since() == ["original humaneval", "original math500", "original tau2-telecom", "pruned humaneval"]
+    runs.models["http://user"] = "another user"
+    evaluate([*models, "more=http://c"], settings, out=tmp_path / "out")
+    assert runs.since() == ["original tau2-telecom", "pruned tau2-telecom", "more math500", "more tau2-telecom"]
+
+
+def test_cells_of_another_model_at_the_same_place_do_not_stand_beside_new_ones(
+    runs: Runs, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the run is under way, where a kill would leave them."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    settings = Settings(only=("math500",), data_dir=data)
+    evaluate(list(map(str, folders)), settings, out=tmp_path / "out")
+    for folder in folders:
+        (folder / "config.json").write_text('{"other": 1}')
+
+    def stop(entry: Any, subject: Subject, *rest: Any) -> dict[str, Cell]:
+        if subject.name == "two":
+            raise KeyboardInterrupt
+        return runs.run(entry, subject, *rest)
+
+    monkeypatch.setattr(evaluation, "_run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(list(map(str, folders)), settings, out=tmp_path / "out")
+    [row] = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"]
+    assert [cell["error"] for cell in row["cells"]] == [None, "not run yet"]
+
+
+def test_a_task_of_ones_own_is_kept_until_its_file_changes(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("one")
+    settings = Settings(suite=str(file))
+    first = evaluate(["m=http://a"], settings, out=tmp_path)
+    assert runs.since() == [f"m {file}"] and first.settings["problems"][str(file)]["source"] == "mine.py"
+    assert evaluate(["m=http://a"], settings, out=tmp_path).settings == first.settings and not runs.since()
+    file.write_text("two")
+    evaluate(["m=http://a"], settings, out=tmp_path)
+    assert runs.since() == [f"m {file}"]
 
 
 def test_a_dead_server_is_the_reason_whatever_the_run_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +540,38 @@ def test_replies_are_scored_without_a_model(sandbox: sandboxes.Sandbox, tmp_path
     assert base.scores == {"HumanEval/1": 1, "HumanEval/2": 1, "HumanEval/3": 0} and plus.scores["HumanEval/2"] == 0
     assert base.figure is not None and base.figure.value == pytest.approx(2 / 3) and base.notes == ("3 of 4 problems",)
     assert result.rows["tau2-bench Telecom"][0].reason == "conversations need a model that answers"
+    assert not result.complete  # a row that was asked for by name is there, or says why not
+
+
+def test_replies_give_the_rows_that_they_are_for_and_record_nothing_that_did_not_apply(
+    sandbox: sandboxes.Sandbox, data: Path, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "replies.jsonl", [{"id": "Mbpp/1", "reply": "no"}])
+    settings = Settings(data_dir=data, user="http://user", sampling=evaluation.Sampling(temperature=0.3))
+    result = score_replies(path, settings)
+    assert list(result.rows) == ["MBPP", "MBPP+"] and result.complete
+    assert result.settings.keys() == {
+        "suite", "replies", "limit", "thinking", "packages", "python", "problems", "sandbox", "unknown",
+    }  # fmt: skip
+    assert result.settings["problems"].keys() == {"mbpp"} and result.settings["unknown"] == []
+    assert result.settings["replies"]["source"] == "replies.jsonl" and len(result.settings["replies"]["sha256"]) == 64
+
+
+def test_replies_to_no_problem_are_named_with_the_benchmarks_that_they_may_belong_to(
+    sandbox: sandboxes.Sandbox, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(benchmark: Any, folder: Path | None) -> Any:
+        if benchmark.name == "aime25":
+            raise EvaluationError("the hub does not answer")
+        return benchmarks._read(benchmark, next(folder / name for name in benchmark.files if (folder / name).is_file()))  # type: ignore[operator]
+
+    monkeypatch.setattr(evaluation.benchmarks, "load", load)
+    rows = [{"id": "HumanEval/1", "reply": ""}, {"id": "7", "reply": ""}]
+    result = score_replies(write_rows(tmp_path / "replies.jsonl", rows), Settings(data_dir=data))
+    assert list(result.rows) == ["HumanEval", "HumanEval+", "AIME25"] and result.settings["unknown"] == ["7"]
+    assert result.rows["AIME25"][0].reason == "the hub does not answer"
+    result = score_replies(write_rows(tmp_path / "replies.jsonl", rows[:1]), Settings(data_dir=data))
+    assert list(result.rows) == ["HumanEval", "HumanEval+"] and result.complete
 
 
 def test_replies_that_cannot_be_read_or_belong_to_nothing_are_refused(
@@ -414,8 +596,8 @@ def test_without_a_sandbox_the_cells_of_programs_say_so(tmp_path: Path, monkeypa
     monkeypatch.setattr(evaluation, "find", refuse)
     write_rows(tmp_path / "HumanEvalPlus.jsonl", [problem_row(1)])
     path = write_rows(tmp_path / "replies.jsonl", [{"id": "HumanEval/1", "reply": ""}])
-    with pytest.raises(EvaluationError, match="no row of"):
-        score_replies(path, Settings(only=("humaneval",), data_dir=tmp_path))
+    result = score_replies(path, Settings(only=("humaneval",), data_dir=tmp_path))
+    assert result.rows["HumanEval+"] == (Cell(None, "none works here"),)
 
 
 def test_lm_evals_results_become_cells(tmp_path: Path) -> None:

@@ -125,8 +125,70 @@ def test_a_base_model_with_a_password_is_refused(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+KEY = "sk-of-a-server-9876"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["", "dry"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--serve-arguments", f"--dtype float32 --api-key {KEY}"), "--serve-arguments holds a token or a password: --api-key"),
+        (("--serve-arguments", f"--api_key={KEY}"), "--serve-arguments holds a token or a password: --api-key"),
+        (("--serve-arguments", f"--hf-token={TOKEN}"), "--serve-arguments holds a token or a password: --hf-token"),
+        (("--user", f"https://me:{KEY}@user.invalid/v1"), "the address of user.invalid holds a user, a password"),
+        (("--user", f"https://user.invalid/v1?token={KEY}"), "the address of user.invalid holds a user, a password or a query"),
+        ((f"other=https://me:{KEY}@model.invalid:1/v1",), "the address of model.invalid:1 holds a user"),
+        ((f"https://model.invalid/v1?api_key={KEY}",), "the address of model.invalid holds a user"),
+    ],
+)  # fmt: skip
+def test_eval_takes_no_key_where_it_would_be_written_down(
+    tmp_path: Path, arguments: tuple[str, ...], sentence: str, dry: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    result = run("eval", "original=http://127.0.0.1:9", *arguments, *dry, "-o", out, "--only", "tau2-telecom")
+    assert result.exit_code == 2 and sentence in result.stderr and KEY not in result.stdout + result.stderr
+    require_secret(result)
+    assert not out.exists()
+
+
+def test_compare_takes_no_key_in_an_address(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "a", "text": "a"}) + "\n")
+    urls = ("--endpoint", f"https://me:{KEY}@a.invalid/v1", "--endpoint", "https://b.invalid/v1")
+    result = run("compare", model, model, "--data", text, "--prompts", text, *urls, "--device", "cpu")
+    assert result.exit_code == 2 and "the address of a.invalid holds a user" in result.stderr
+    assert KEY not in result.stdout + result.stderr
+
+
+def test_a_key_that_a_server_repeats_is_not_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the results, the table, the model's folder, its card, or the terminal."""
+    from reapkit import evaluation
+    from reapkit.endpoints import Endpoint
+
+    plan, pruned, out = tmp_path / "plan.json", tmp_path / "pruned", tmp_path / "out"
+    assert run("plan", model, "--criterion", "random", "--ratio", "0.25", "-o", plan).exit_code == 0
+    assert run("prune", model, plan, "-o", pruned).exit_code == 0
+    monkeypatch.setenv("REAPKIT_API_KEY", OTHER)
+    said = f"401 for key {OTHER}, authorization: Bearer {KEY}, https://me:pa55@host/v1?api_key={KEY}&a=b, {TOKEN}"
+    monkeypatch.setattr(evaluation, "_enter", lambda *_: Endpoint("http://a", "m"))
+    monkeypatch.setattr(evaluation, "_run", lambda entry, *_: dict.fromkeys(entry.rows, evaluation.Cell(None, said)))
+    command = ("eval", f"small={pruned}", "--only", "math500", "-o", out)
+    for result in (run(*command), run(*command, "--json")):
+        assert result.exit_code == 1 and "***" in result.stdout and KEY not in result.stdout + result.stderr
+        require_secret(result)
+    written = [path for folder in (out, pruned) for path in folder.rglob("*") if path.is_file()]
+    assert {"eval.json", "table.md", "README.md"} <= {path.name for path in written}
+    assert "not run: 401 for key" in (pruned / "README.md").read_text()
+    for path in written:
+        for secret in (KEY, OTHER, TOKEN, "pa55"):
+            assert secret.encode() not in path.read_bytes(), (path, secret)
+
+
 def test_what_is_no_secret_stays() -> None:
-    for text in ("org/hf_model", "hf_quant_config.json", "https://host/a@b", "a@b", "model-00001", "hf_hub"):
+    for text in ("org/hf_model", "hf_quant_config.json", "https://host/a@b", "a@b", "model-00001", "hf_hub", "https://h/x?revision=main",
+                 "--max-num-batched-tokens 8192", "the bearer of 8 tokens"):  # fmt: skip
         assert redacted(text) == text
     assert redacted(f"a {TOKEN} b ssh://u:p@h/x") == "a *** b ssh://***@h/x"
     assert TOKEN not in str(ReapkitError(TOKEN, hint=TOKEN)) and ReapkitError("", hint=TOKEN).hint == "***"

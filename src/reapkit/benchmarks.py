@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -109,11 +109,13 @@ class Problems:
     Attributes:
         rows: programs' problems or questions.
         source: the file's name, or the hub data set.
+        sha256: of what a file of programs holds, unpacked; of questions, their ids, texts and answers, wherever they came from.
         is_stand_in: whether they are not the benchmark's own.
     """
 
     rows: Sequence[programs.Problem] | Sequence[Question]
     source: str
+    sha256: str
     is_stand_in: bool = False
 
 
@@ -126,32 +128,41 @@ def load(benchmark: Benchmark, folder: Path | None) -> Problems:
     for name in benchmark.files if folder is not None else ():
         assert folder is not None
         if (path := folder / name).is_file():
-            return Problems(_read(benchmark, path), name, STAND_IN in name)
+            return _read(benchmark, path)
     return _fetch(benchmark)
 
 
-def _read(benchmark: Benchmark, path: Path) -> Sequence[programs.Problem] | Sequence[Question]:
+def _read(benchmark: Benchmark, path: Path) -> Problems:
     if benchmark.kind == "programs":
-        return programs.read(path, "humaneval" if benchmark.name == "humaneval" else "mbpp")
+        rows = programs.read(path, "humaneval" if benchmark.name == "humaneval" else "mbpp")
+        return Problems(rows, path.name, hashlib.sha256(_content(path)).hexdigest())
     try:
-        raw = path.read_bytes()
-        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
-        return [_question(json.loads(line), number) for number, line in enumerate(lines) if line.strip()]
+        lines = _content(path).decode().splitlines()
+        return _questions((json.loads(line) for line in lines if line.strip()), path.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{path} holds no problems of {benchmark.rows[0]}: {type(error).__name__}: {error}"
         ) from None
 
 
-def _question(row: Mapping[str, Any], number: int) -> Question:
-    return Question(str(row.get("unique_id", row.get("id", number))), row["problem"], str(row["answer"]))
+def _content(path: Path) -> bytes:
+    raw = path.read_bytes()
+    return gzip.decompress(raw) if path.suffix == ".gz" else raw
+
+
+def _questions(rows: Iterable[Mapping[str, Any]], source: str) -> Problems:
+    questions = [
+        Question(str(row.get("unique_id", row.get("id", number))), row["problem"], str(row["answer"]))
+        for number, row in enumerate(rows)
+    ]
+    told = json.dumps([[question.id, question.problem, question.answer] for question in questions])
+    return Problems(questions, source, hashlib.sha256(told.encode()).hexdigest(), STAND_IN in source)
 
 
 def _fetch(benchmark: Benchmark) -> Problems:
     """From the hub; EvalPlus's own files, which hold the inputs, from its releases."""
     if benchmark.kind == "programs":
-        path = _download(*RELEASES[benchmark.name])
-        return Problems(_read(benchmark, path), path.name)
+        return _read(benchmark, _download(*RELEASES[benchmark.name]))
     assert benchmark.hub is not None
     name, split = benchmark.hub
     try:
@@ -162,13 +173,12 @@ def _fetch(benchmark: Benchmark) -> Problems:
             hint="pip install 'reapkit[data]', or --data-dir DIR",
         ) from None
     try:
-        rows = [_question(row, number) for number, row in enumerate(load_dataset(name, split=split))]
+        return _questions(load_dataset(name, split=split), name)
     except Exception as error:  # of any kind: the network's, the hub's, the data set's own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EvaluationError(
             f"{name} cannot be read from the hub: {reason}", hint="put a file into --data-dir"
         ) from None
-    return Problems(rows, name)
 
 
 def _download(url: str, digest: str) -> Path:
@@ -182,7 +192,7 @@ def _download(url: str, digest: str) -> Path:
                 content = stream.read()
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
-        found = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+        found = hashlib.sha256(_content(path)).hexdigest()
     except OSError as error:
         raise EvaluationError(f"{url} cannot be fetched: {error}", hint="put the file into --data-dir") from None
     if found != digest:

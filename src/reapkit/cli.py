@@ -950,7 +950,7 @@ def eval_(
     """Run benchmarks on served models, and write the model card's table."""
     import shlex
 
-    from reapkit.evaluation import Sampling, Settings, describe, evaluate, score_replies, write
+    from reapkit.evaluation import Sampling, Settings, describe, describe_replies, evaluate, score_replies, write
 
     sampling = Sampling(temperature, top_p, top_k, seed, max_tokens, repeats)
     settings = Settings(
@@ -965,12 +965,14 @@ def eval_(
         tuple(shlex.split(serve_arguments)),
         message_limit,
     )
-    if bool(models) == (replies is not None):
+    if (replies is None) != bool(models):
         raise UsageError(
             "give models to ask, or replies to score", hint="reapkit eval URL URL, or reapkit eval --replies FILE"
         )
     if dry_run:
-        _print_json(describe(settings, models or []))
+        _print_json(
+            describe(settings, models or []) if replies is None else {"settings": describe_replies(settings, replies)}
+        )
         return
     with _progress(quiet) as progress:
         if replies is not None:
@@ -978,6 +980,9 @@ def eval_(
             write(evaluation, output)
         else:
             evaluation = evaluate(models or [], settings, out=output, progress=progress)
+    if replies is not None and (unknown := evaluation.settings["unknown"]):
+        _note(f"[bold]note:[/] {len(unknown)} problems that {_escape(str(replies))} replies to are not among those read: "
+              f"{_escape(', '.join(unknown[:3]))}{'…' if len(unknown) > 3 else ''}")  # fmt: skip
     for folder in evaluation.outputs:
         _refresh_card(folder, quiet=quiet)
     if as_json:

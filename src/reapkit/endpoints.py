@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
-from reapkit.errors import EndpointError
+from reapkit.errors import EndpointError, UsageError
 
 # Where a server wants a key, it is taken from here, so that none stands on a command line.
 KEY_VARIABLE = "REAPKIT_API_KEY"
@@ -39,12 +40,28 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
+def require_no_secret(url: str) -> None:
+    """Refuse an address with a user, a password or a query: addresses are shown and written, and none of these would be sent.
+
+    Raises:
+        UsageError: it has one; the address itself is not repeated.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UsageError(
+            f"the address of {parts.netloc.rpartition('@')[2]} holds a user, a password or a query",
+            hint=f"give it without; the server's key is read from the environment: {KEY_VARIABLE}",
+        )
+
+
 def connect(url: str) -> Endpoint:
     """The model behind a URL.
 
     Raises:
+        UsageError: the address holds a user, a password or a query.
         EndpointError: nothing answers, or what answers serves no model or several.
     """
+    require_no_secret(url)
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
     answer = _exchange(f"{base}/models", None, seconds=CONNECT_SECONDS)

@@ -12,10 +12,13 @@ from collections.abc import Collection, Iterable
 
 # A name from a stranger's file may have megabytes; nobody reads on after a screen.
 LONGEST_MESSAGE = 4_000
-# A hub token, and user and password in an address.
+# A hub token; user and password in an address; what an address's query or a header says under such a name.
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+_NAMED = re.compile(r"([?&][\w-]*(?:key|token|secret|password)=|\bbearer (?=\S{16}))[^\s&#\"'<>]+", re.IGNORECASE)
+_TOKEN_VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "REAPKIT_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY",
+)  # fmt: skip
 
 
 class ReapkitError(Exception):
@@ -115,11 +118,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text without the tokens of the hub and without user and password in addresses."""
+    """A text without the tokens of the hub and the keys of servers, and without user, password and token in addresses."""
     for name in _TOKEN_VARIABLES:
         if len(secret := os.environ.get(name, "").strip()) >= 8:
             text = text.replace(secret, "***")
-    return _CREDENTIALS.sub("***@", _TOKEN.sub("***", text))
+    return _NAMED.sub(r"\1***", _CREDENTIALS.sub("***@", _TOKEN.sub("***", text)))
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

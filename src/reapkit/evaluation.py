@@ -10,6 +10,7 @@ A benchmark that could not be run leaves an empty cell with its reason. It is ne
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import platform
@@ -31,8 +32,8 @@ from reapkit import benchmarks, programs, servers
 from reapkit.behaviour import without_thinking
 from reapkit.benchmarks import CARD, MULTIPLE_CHOICE, PUBLISHED, SUITES, Benchmark, Problems, Question, prompt_of
 from reapkit.checkpoint import EVALUATION_NAME, MANIFEST_NAME
-from reapkit.endpoints import KEY_VARIABLE, REPLY_SECONDS, Endpoint, connect, is_url
-from reapkit.errors import EndpointError, EvaluationError, ReapkitError, ServerError, UsageError, did_you_mean
+from reapkit.endpoints import KEY_VARIABLE, REPLY_SECONDS, Endpoint, connect, is_url, require_no_secret
+from reapkit.errors import EndpointError, EvaluationError, ReapkitError, ServerError, UsageError, did_you_mean, redacted
 from reapkit.figures import Figure, mean
 from reapkit.grading import Grader, grading
 from reapkit.outputs import save
@@ -48,6 +49,10 @@ CONNECTIONS = 32
 # Of one turn of tau2's user.
 USER_TOKENS = 4096
 RETRIES = 2
+# Of a checkpoint, what decides the replies and is not written anew by reapkit itself later, as the card and the manifest are.
+SERVED_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
+SECRET_WORDS = {"key", "token", "password", "secret"}
+THINKING = "removed before scoring: all before the last </think>"
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,14 @@ class Subject:
     Attributes:
         name: in the table's header; source: a checkpoint's folder or hub id, or a URL.
         compression: share of the experts that were removed; None where that is not known.
+        identity: what tells it from another model of this source: of a folder, a digest of its files' names, sizes and times; of a
+            URL, the model that it served; None where neither is known.
     """
 
     name: str
     source: str
     compression: float | None
+    identity: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Subject:
@@ -119,11 +127,24 @@ class Subject:
         with suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads((Path(source) / MANIFEST_NAME).read_text(encoding="utf-8"))
             compression = 1 - manifest["after"]["num_experts"] / manifest["before"]["num_experts"]
-        return cls(name or (source if is_url(source) else Path(source).name), source, compression)
+        return cls(name or (source if is_url(source) else Path(source).name), source, compression, _identity(source))
 
     @property
     def header(self) -> str:
         return self.name if not self.compression else f"{self.name} (-{100 * self.compression:.0f} %)"
+
+
+def _identity(source: str) -> str | None:
+    """A digest of the names, sizes and times of a folder's files; None for what is no folder."""
+    folder = Path(source)
+    if is_url(source) or not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SERVED_SUFFIXES and path.name != MANIFEST_NAME and path.is_file():
+            found = path.stat()
+            digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,8 @@ class Cell:
         difference: to the first model, on the same problems; None for the first model itself.
         scores: by problem, mean over its repeats.
         notes: what a reader must know, such as `stand-in`.
-        seconds: wall time; tokens: generated, None where nobody counted.
+        seconds: wall time; tokens: generated, None where nobody counted; max_tokens: what a reply was allowed, which may be less than
+            the benchmark's own where the server holds less.
     """
 
     figure: Figure | None
@@ -145,6 +167,7 @@ class Cell:
     seconds: float | None = None
     tokens: int | None = None
     difference: Figure | None = None
+    max_tokens: int | None = None
 
     @classmethod
     def of(cls, scores: Mapping[str, Sequence[float]], **details: Any) -> Cell:
@@ -171,6 +194,7 @@ class Cell:
             "problems": len(self.scores),
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "max_tokens": self.max_tokens,
             "scores": dict(self.scores),
         }
 
@@ -178,7 +202,16 @@ class Cell:
     def from_json(cls, row: Mapping[str, Any]) -> Cell:
         figure = None if row["value"] is None else Figure(row["value"], row["standard_error"])
         difference = None if row["difference"] is None else Figure(**row["difference"])
-        return cls(figure, row["error"], row["scores"], tuple(row["notes"]), row["seconds"], row["tokens"], difference)
+        return cls(
+            figure,
+            row["error"],
+            row["scores"],
+            tuple(row["notes"]),
+            row["seconds"],
+            row["tokens"],
+            difference,
+            row["max_tokens"],
+        )
 
 
 @dataclass(frozen=True)
@@ -213,6 +246,11 @@ class Evaluation:
         }
 
     @property
+    def content(self) -> bytes:
+        """What `eval.json` holds: no token and no password, whoever said it."""
+        return (redacted(json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n").encode()
+
+    @property
     def outputs(self) -> tuple[Path, ...]:
         """The folders among the models that reapkit wrote."""
         folders = [Path(subject.source) for subject in self.subjects if not is_url(subject.source)]
@@ -232,7 +270,7 @@ class Evaluation:
         for name, cells in self.rows.items():
             lines.append(f"| {name} | {' | '.join(_shown(cell, reasons) for cell in cells)} |")
         lines += ["", *(f"[{number}] {reason}" for reason, number in reasons.items())] if reasons else []
-        return "\n".join(lines) + "\n"
+        return redacted("\n".join(lines)) + "\n"
 
 
 def _shown(cell: Cell, reasons: dict[str, int]) -> str:
@@ -256,6 +294,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a suite on every model; `eval.json`, `table.md` and inspect's logs go into a folder, and the same call goes on where one stopped.
 
+    A call with another setting, problem set, user or model asks anew for the cells that this decides.
+
     Args:
         models: `[NAME=]MODEL|URL`, the original first.
         settings: what to run and how.
@@ -263,41 +303,54 @@ def evaluate(
         progress: told how far it is.
 
     Raises:
-        UsageError: no such suite or benchmark, or two models of one name.
+        UsageError: no such suite or benchmark, two models of one name, or a token or a password among the settings.
         EvaluationError: inspect-ai is missing.
     """
     settings = settings or Settings()
-    subjects = tuple(Subject.parse(text) for text in models)
-    if len({subject.name for subject in subjects}) != len(subjects):
-        raise UsageError("two models have the same name", hint="name them: original=URL pruned=URL")
+    subjects = _subjects(models)
     suite = _suite(settings)
-    described = _described(settings)
-    kept = _Kept(out / RESULT_NAME, described)
     with ExitStack() as stack:
         tools = _Tools(settings, stack)
+        kept = _Kept(out / RESULT_NAME, suite, _described(settings), tools)
         user: Endpoint | ReapkitError | None = None
         if settings.user is not None and any(
-            row.kind == "conversations" for row in suite if isinstance(row, Benchmark)
+            isinstance(entry, Benchmark) and entry.kind == "conversations" and not kept.has(subject, entry)
+            for entry in suite
+            for subject in subjects
         ):
             user = _tried(partial(_enter, stack, settings.user, settings, out / "logs" / "user"))
-        for subject in subjects:
-            waiting = [entry for entry in suite if not kept.has(subject, _rows_of(entry))]
-            if not waiting:
+            if isinstance(user, Endpoint):
+                kept.met_user(user)
+        for place, subject in enumerate(subjects):
+            if all(kept.has(subject, entry) for entry in suite):
+                subjects[place] = kept.identified(subject)
                 continue
             with ExitStack() as running:
                 started = _tried(partial(_enter, running, subject.source, settings, out / "logs" / subject.name))
-                for entry in waiting:
+                if is_url(subject.source):
+                    served = started.model if isinstance(started, Endpoint) else kept.identified(subject).identity
+                    subjects[place] = subject = replace(subject, identity=served)
+                for entry in suite:
+                    if kept.has(subject, entry):
+                        continue
                     if isinstance(started, ReapkitError):
                         kept.add(subject, dict.fromkeys(_rows_of(entry), Cell(None, started.message)))
                         continue
                     kept.add(subject, _run(entry, subject, started, user, settings, tools, out, progress))
-                    kept.save(subjects, settings.suite)
-        described["problems"] = dict(tools.sources)
-        if isinstance(user, Endpoint):
-            described["user_simulator"] = {"source": settings.user, "model": user.model}
-    evaluation = kept.evaluation(subjects, settings.suite)
+                    save(out / RESULT_NAME, kept.evaluation(subjects).content)
+        evaluation = kept.evaluation(subjects)
     write(evaluation, out)
     return evaluation
+
+
+def _subjects(models: Sequence[str]) -> list[Subject]:
+    subjects = [Subject.parse(text) for text in models]
+    for subject in subjects:
+        if is_url(subject.source):
+            require_no_secret(subject.source)
+    if len({subject.name for subject in subjects}) != len(subjects):
+        raise UsageError("two models have the same name", hint="name them: original=URL pruned=URL")
+    return subjects
 
 
 def describe(settings: Settings, models: Sequence[str]) -> dict[str, Any]:
@@ -306,14 +359,14 @@ def describe(settings: Settings, models: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: as in `evaluate`.
     """
-    subjects = [Subject.parse(text) for text in models]
+    subjects = _subjects(models)
     rows = [row for entry in _suite(settings) for row in _rows_of(entry)]
     return {"models": [vars(subject) for subject in subjects], "benchmarks": rows, "settings": _described(settings)}
 
 
 def write(evaluation: Evaluation, out: Path) -> None:
     """`eval.json` and `table.md`, and the same into every folder that reapkit wrote and that is a column."""
-    content = (json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    content = evaluation.content
     save(out / RESULT_NAME, content)
     save(out / TABLE_NAME, evaluation.table().encode())
     for folder in evaluation.outputs:
@@ -321,7 +374,9 @@ def write(evaluation: Evaluation, out: Path) -> None:
 
 
 def score_replies(path: Path, settings: Settings, *, progress: Progress = silent) -> Evaluation:
-    """Score replies that are there already.
+    """Score replies that are there already: a row for every benchmark of the suite that the file has replies to.
+
+    A benchmark that was asked for by name has a row whatever the file holds.
 
     Args:
         path: JSON lines with `id` (or EvalPlus's `task_id`, MATH-500's `unique_id`) and `reply`, or `solution` for a program as it
@@ -330,32 +385,67 @@ def score_replies(path: Path, settings: Settings, *, progress: Progress = silent
     Raises:
         EvaluationError: the file cannot be read, or no row belongs to a problem of the suite.
     """
+    suite = [entry for entry in _suite(settings) if isinstance(entry, Benchmark)]
+    if not suite:
+        raise UsageError("--replies scores the card's benchmarks", hint="--suite card")
     rows = _read_replies(path)
-    subject = Subject(path.stem, str(path), None)
     cells: dict[str, Cell] = {}
-    used: set[str] = set()
-    described = _described(settings)
+    unknown = set(rows)
+    unreadable: dict[str, ReapkitError] = {}
     with ExitStack() as stack:
         tools = _Tools(settings, stack)
-        for entry in _suite(settings):
-            if not isinstance(entry, Benchmark):
-                raise UsageError("--replies scores the card's benchmarks", hint="--suite card")
+        for entry in suite:
             if entry.kind == "conversations":
-                cells |= dict.fromkeys(entry.rows, Cell(None, "conversations need a model that answers"))
+                if entry.name in settings.only:
+                    cells |= dict.fromkeys(entry.rows, Cell(None, "conversations need a model that answers"))
                 continue
-            problems = _tried(partial(tools.problems, entry))
-            if isinstance(problems, ReapkitError):
-                cells |= dict.fromkeys(entry.rows, Cell(None, problems.message))
+            if not unknown and entry.name not in settings.only:
+                continue  # nothing is fetched that no reply can belong to
+            told = _tried(partial(tools.told, entry))
+            if isinstance(told, ReapkitError):
+                unreadable |= dict.fromkeys(entry.rows, told)
                 continue
+            problems = tools.loaded(entry)
+            unknown -= {_id(problem) for problem in problems.rows}
             chosen = [
                 (problem, rows[_id(problem)]) for problem in problems.rows[: settings.limit] if _id(problem) in rows
             ]
-            used |= {_id(problem) for problem, _ in chosen}
+            if not chosen and entry.name not in settings.only:
+                continue
+            tools.sources[entry.name] = told
             cells |= _score_chosen(entry, problems, chosen, tools, settings, progress)
-        described["problems"] = dict(tools.sources)
-    if not used:
-        raise EvaluationError(f"no row of {path} belongs to a problem of the suite", hint='a row has "id" and "reply"')
-    return Evaluation(settings.suite, (subject,), {name: (cell,) for name, cell in cells.items()}, described)
+        # Replies that none of the others has a problem for may be theirs.
+        if unknown or settings.only:
+            cells |= {row: Cell(None, error.message) for row, error in unreadable.items()}
+        described = {**describe_replies(settings, path), "unknown": sorted(unknown), **tools.described()}
+    if all(cell.figure is None for cell in cells.values()) and len(unknown) == len(rows):
+        reasons = "".join(f"; {reason}" for reason in dict.fromkeys(str(error) for error in unreadable.values()))
+        raise EvaluationError(
+            f"no row of {path} belongs to a problem of the suite{reasons}", hint='a row has "id" and "reply"'
+        )
+    order = [row for entry in suite for row in entry.rows if row in cells]
+    return Evaluation(
+        settings.suite, (Subject(path.stem, str(path), None),), {row: (cells[row],) for row in order}, described
+    )
+
+
+def describe_replies(settings: Settings, path: Path) -> dict[str, Any]:
+    """What decides the scores of replies that are there: nothing that would have decided the replies.
+
+    Raises:
+        EvaluationError: the file cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from None
+    return {
+        "suite": settings.suite,
+        "replies": {"source": path.name, "sha256": digest},
+        "limit": settings.limit,
+        "thinking": THINKING,
+        **_environment(),
+    }
 
 
 def _score_chosen(
@@ -438,79 +528,175 @@ def _rows_of(entry: Benchmark | str) -> tuple[str, ...]:
 
 
 def _described(settings: Settings) -> dict[str, Any]:
-    """Everything that decides the figures, the models and the user simulator's name left out."""
+    """Everything that decides the figures beside the models; what nothing in the suite asks for is left out.
+
+    Raises:
+        UsageError: no such suite or benchmark, or a token or a password in what would be written down.
+    """
+    for word in settings.serve_arguments:
+        flag = word.partition("=")[0].lstrip("-").replace("_", "-").lower()
+        if word.startswith("-") and SECRET_WORDS & set(flag.split("-")):
+            raise UsageError(
+                f"--serve-arguments holds a token or a password: --{flag}",
+                hint="servers started here answer this machine alone and need no key; the hub's token is read from HF_TOKEN",
+            )
+    if settings.user is not None and is_url(settings.user):
+        require_no_secret(settings.user)
+    sampling = settings.sampling
+    suite = _suite(settings)
+    chosen = [entry for entry in suite if isinstance(entry, Benchmark)]
+    described: dict[str, Any] = {
+        "suite": settings.suite,
+        "sampling": {
+            entry.name: {
+                "temperature": 0.0 if entry.kind == "conversations" else sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "seed": sampling.seed,
+                "max_tokens": sampling.max_tokens or entry.max_tokens,
+                "repeats": sampling.repeats or entry.repeats,
+            }
+            for entry in chosen
+        }
+        or {"all": dict(vars(sampling))},
+        "limit": settings.limit,
+        "serve_arguments": list(settings.serve_arguments),
+        **_environment(),
+    }
+    kinds = {entry.kind for entry in chosen}
+    if kinds:
+        described["thinking"] = THINKING
+    if "programs" in kinds:
+        described["code_prompt"] = benchmarks.CODE_INSTRUCTION
+    if "mathematics" in kinds:
+        described["math_prompt"] = benchmarks.MATH_INSTRUCTION
+    if "conversations" in kinds:
+        described["message_limit"] = settings.message_limit
+        described["user_simulator"] = (
+            None if settings.user is None else {"source": settings.user, "identity": _identity(settings.user)}
+        )
+        described["user_sampling"] = {
+            "temperature": 0.0,
+            "seed": sampling.seed,
+            "max_tokens": min(USER_TOKENS, sampling.max_tokens or USER_TOKENS),
+        }
+    return described
+
+
+def _environment() -> dict[str, Any]:
     packages = {}
     for name in ("reapkit", "inspect_ai", "inspect_evals", "math-verify", "lm_eval"):
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
-    chosen = [entry for entry in _suite(settings) if isinstance(entry, Benchmark)]
-    return {
-        "suite": settings.suite,
-        "sampling": {
-            entry.name: {
-                "temperature": 0.0 if entry.kind == "conversations" else settings.sampling.temperature,
-                "top_p": settings.sampling.top_p,
-                "top_k": settings.sampling.top_k,
-                "seed": settings.sampling.seed,
-                "max_tokens": settings.sampling.max_tokens or entry.max_tokens,
-                "repeats": settings.sampling.repeats or entry.repeats,
-            }
-            for entry in chosen
-        }
-        or {"all": vars(settings.sampling)},
-        "limit": settings.limit,
-        "message_limit": settings.message_limit,
-        "user_simulator": settings.user,
-        "user_sampling": {
-            "temperature": 0.0,
-            "seed": settings.sampling.seed,
-            "max_tokens": min(USER_TOKENS, settings.sampling.max_tokens or USER_TOKENS),
-        },
-        "thinking": "removed before scoring: all before the last </think>",
-        "code_prompt": benchmarks.CODE_INSTRUCTION,
-        "math_prompt": benchmarks.MATH_INSTRUCTION,
-        "serve_arguments": list(settings.serve_arguments),
-        "packages": packages,
-        "python": platform.python_version(),
-    }
+    return {"packages": packages, "python": platform.python_version()}
+
+
+def _deciding(entry: Benchmark | str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is described, what decides an entry's cells, the problems and the user left out."""
+    names = ["suite", "limit", "serve_arguments", "packages", "python"]
+    if not isinstance(entry, Benchmark):
+        return {name: described[name] for name in [*names, "sampling"]}
+    names += {
+        "programs": ["thinking", "code_prompt"],
+        "mathematics": ["thinking", "math_prompt"],
+        "conversations": ["thinking", "message_limit", "user_sampling"],
+    }[entry.kind]
+    return {**{name: described[name] for name in names}, "sampling": described["sampling"][entry.name]}
 
 
 class _Kept:
-    """Cells that are done, in `eval.json`, for the same models and settings."""
+    """The cells of a table on its way: those of `eval.json` that the same things decide now, and those that were added."""
 
-    def __init__(self, path: Path, described: dict[str, Any]) -> None:
-        self._path = path
-        self.described = described
+    def __init__(self, path: Path, suite: Sequence[Benchmark | str], described: dict[str, Any], tools: _Tools) -> None:
+        self._suite = suite
+        self._described = described
+        self._tools = tools
         self._cells: dict[tuple[str, str], dict[str, Cell]] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        self._identities: dict[tuple[str, str], str | None] = {}
+        # What another suite or a file of another making holds is no part of this table.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             before = json.loads(path.read_text(encoding="utf-8"))
-            same = {name: before["settings"].get(name) for name in described if name != "user_simulator"}
-            if before["format"] == FORMAT and same == {name: described[name] for name in same}:
-                for row in before["benchmarks"]:
-                    for model, cell in zip(before["models"], row["cells"], strict=True):
-                        # What could not be run is tried again.
-                        if cell["value"] is not None:
-                            key = (model["name"], model["source"])
-                            self._cells.setdefault(key, {})[row["name"]] = Cell.from_json(cell)
+            if before["format"] == FORMAT and before["suite"] == described["suite"]:
+                for entry in suite:
+                    self._keep(entry, before)
 
-    def has(self, subject: Subject, rows: Iterable[str]) -> bool:
-        return set(rows) <= self._cells.get((subject.name, subject.source), {}).keys()
+    def _keep(self, entry: Benchmark | str, before: Mapping[str, Any]) -> None:
+        settings = before["settings"]
+        rows = {row["name"]: row["cells"] for row in before["benchmarks"]}
+        if isinstance(entry, Benchmark) or entry in SUITES:
+            rows = {name: cells for name, cells in rows.items() if name in _rows_of(entry)}
+        if not rows or _deciding(entry, settings) != _deciding(entry, self._described):
+            return
+        if isinstance(entry, Benchmark) and entry.kind == "conversations":
+            user, now = settings["user_simulator"], self._described["user_simulator"]
+            if (user is None) != (now is None):
+                return
+            if user is not None:
+                if user["source"] != now["source"] or now["identity"] not in (None, user["identity"]):
+                    return
+                now["identity"] = user["identity"]
+        elif isinstance(entry, str) and entry in SUITES:
+            pass  # lm-eval has the problems
+        else:
+            name = entry.name if isinstance(entry, Benchmark) else entry
+            now = _tried(partial(self._tools.told, entry))
+            # Problems that cannot be had now are nothing that other cells could be of.
+            if not isinstance(now, ReapkitError) and now != settings["problems"].get(name):
+                return
+            self._tools.sources[name] = settings["problems"][name]
+            if settings.get("sandbox") is not None:
+                self._tools.sandbox_kind = settings["sandbox"]
+        for place, model in enumerate(before["models"]):
+            key = (model["name"], model["source"])
+            self._identities[key] = model["identity"]
+            found = {name: replace(Cell.from_json(cells[place]), difference=None) for name, cells in rows.items()}
+            # What could not be run is tried again, with what ran beside it where rows are known by running alone.
+            if isinstance(entry, Benchmark) or entry in SUITES:
+                found = {name: cell for name, cell in found.items() if cell.figure is not None}
+            if all(cell.figure is not None for cell in found.values()):
+                self._cells.setdefault(key, {}).update(found)
+
+    def _of(self, subject: Subject) -> dict[str, Cell]:
+        """A model's cells; none where its source has become another model."""
+        key = (subject.name, subject.source)
+        if subject.identity is not None and self._identities.get(key, subject.identity) != subject.identity:
+            return {}
+        return self._cells.get(key, {})
+
+    def has(self, subject: Subject, entry: Benchmark | str) -> bool:
+        cells = self._of(subject)
+        if isinstance(entry, Benchmark) or entry in SUITES:
+            return set(_rows_of(entry)) <= {name for name, cell in cells.items() if cell.figure is not None}
+        return bool(cells) and all(cell.figure is not None for cell in cells.values())
+
+    def identified(self, subject: Subject) -> Subject:
+        """With the identity that its cells were measured under, where nobody has asked yet."""
+        return replace(subject, identity=subject.identity or self._identities.get((subject.name, subject.source)))
+
+    def met_user(self, endpoint: Endpoint) -> None:
+        """Drop conversations with another user than the one that a URL serves now."""
+        user = self._described["user_simulator"]
+        if is_url(user["source"]) and user["identity"] != endpoint.model:
+            for cells in self._cells.values():
+                for row in (row for entry in CARD if entry.kind == "conversations" for row in entry.rows):
+                    cells.pop(row, None)
+            user["identity"] = endpoint.model
 
     def add(self, subject: Subject, cells: Mapping[str, Cell]) -> None:
-        self._cells.setdefault((subject.name, subject.source), {}).update(cells)
+        key = (subject.name, subject.source)
+        self._cells[key] = {**self._of(subject), **cells}
+        self._identities[key] = subject.identity
 
-    def evaluation(self, subjects: Sequence[Subject], suite: str) -> Evaluation:
-        columns = [self._cells.get((subject.name, subject.source), {}) for subject in subjects]
-        names = list(dict.fromkeys(name for column in columns for name in column))
+    def evaluation(self, subjects: Sequence[Subject]) -> Evaluation:
+        columns = [self._of(subject) for subject in subjects]
+        known = [row for entry in self._suite for row in _rows_of(entry)]
+        names = dict.fromkeys(name for column in columns for name in column)
         rows = {}
-        for name in names:
+        for name in sorted(names, key=lambda name: (*known, name).index(name)):
             cells = [column.get(name, Cell(None, "not run yet")) for column in columns]
             rows[name] = (replace(cells[0], difference=None), *(cell.against(cells[0]) for cell in cells[1:]))
-        return Evaluation(suite, tuple(subjects), rows, self.described)
-
-    def save(self, subjects: Sequence[Subject], suite: str) -> None:
-        described = self.evaluation(subjects, suite).to_json()
-        save(self._path, (json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        described = {**self._described, **self._tools.described()}
+        return Evaluation(self._described["suite"], tuple(subjects), rows, described)
 
 
 # --- scoring
@@ -534,22 +720,43 @@ class _Tools:
         self._expected: dict[str, Expected] = {}
         self._sandbox: Sandbox | None = None
         self._grader: Grader | None = None
-        self.sources: dict[str, str] = {}
+        self.sources: dict[str, Mapping[str, str]] = {}
+        self.sandbox_kind: str | None = None
 
     def problems(self, entry: Benchmark) -> Problems:
-        if entry.name not in self._problems:
-            if entry.kind == "programs":
-                self.sandbox()  # refused before a single reply is asked for
-            else:
-                self.grader()
-            self._problems[entry.name] = found = benchmarks.load(entry, self._settings.data_dir)
-            self.sources[entry.name] = found.source
+        """A benchmark's problems, with what scores their replies: refused before a single reply is asked for."""
+        if entry.kind == "programs":
+            self.sandbox()
+        else:
+            self.grader()
+        self.sources[entry.name] = self.told(entry)
         return self._problems[entry.name]
+
+    def loaded(self, entry: Benchmark) -> Problems:
+        """A benchmark's problems alone."""
+        if entry.name not in self._problems:
+            self._problems[entry.name] = benchmarks.load(entry, self._settings.data_dir)
+        return self._problems[entry.name]
+
+    def told(self, entry: Benchmark | str) -> dict[str, str]:
+        """Where problems come from, and a digest of them; of a task in a file, of that file."""
+        if isinstance(entry, Benchmark):
+            found = self.loaded(entry)
+            return {"source": found.source, "sha256": found.sha256}
+        path = Path(entry.partition("@")[0])
+        if not path.is_file():
+            return {"source": entry}
+        return {"source": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def described(self) -> dict[str, Any]:
+        """Where the problems came from that were asked, and what programs ran in, as far as any did."""
+        sandbox = {} if self.sandbox_kind is None else {"sandbox": self.sandbox_kind}
+        return {"problems": dict(self.sources), **sandbox}
 
     def sandbox(self) -> Sandbox:
         if self._sandbox is None:
             self._sandbox = find(self._settings.sandbox)
-            self.sources["sandbox"] = self._sandbox.kind
+            self.sandbox_kind = self._sandbox.kind
         return self._sandbox
 
     def grader(self) -> Grader:
@@ -690,20 +897,37 @@ def _run_inspect(
             problems = tools.problems(entry)
             counted.total, notes = len(problems.rows[:limit]) * repeats, _notes(problems)
             task = _task(entry, problems, tools, counted)
-    if isinstance(task, str) and Path(task.partition("@")[0]).is_file():
-        # inspect looks for files from where it stands.
-        file, sign, name = task.partition("@")
-        task = f"{os.path.relpath(file)}{sign}{name}"
-    scope = {"model": subject.name, "source": subject.source, "seed": str(sampling.seed)}
+    if isinstance(task, str):
+        tools.sources[task] = tools.told(task)
+        if Path(task.partition("@")[0]).is_file():
+            # inspect looks for files from where it stands.
+            file, sign, name = task.partition("@")
+            task = f"{os.path.relpath(file)}{sign}{name}"
+    # A reply is remembered for the model that gave it, however it was served and whatever another at its place would say.
+    scope = {
+        "model": subject.name,
+        "source": subject.source,
+        "identity": str(subject.identity),
+        "serve_arguments": "" if is_url(subject.source) else " ".join(settings.serve_arguments),
+        "seed": str(sampling.seed),
+    }
     policy = CachePolicy(expiry=None, per_epoch=True, scopes=scope)
     os.environ["INSPECT_CACHE_DIR"] = str((out / "cache").resolve())
     config = GenerateConfig(max_retries=RETRIES, max_connections=CONNECTIONS, timeout=int(REPLY_SECONDS))
-    # A role takes nothing of the run's settings.
-    own = {"seed": sampling.seed, "max_tokens": min(USER_TOKENS, max_tokens or USER_TOKENS), "cache": policy}
+    roles = None
+    if user is not None and settings.user is not None:
+        # A role takes nothing of the run's settings.
+        of_user = {**scope, "user": settings.user, "user_identity": str(_identity(settings.user) or user.model)}
+        own = GenerateConfig(
+            seed=sampling.seed,
+            max_tokens=min(USER_TOKENS, max_tokens or USER_TOKENS),
+            cache=CachePolicy(expiry=None, per_epoch=True, scopes=of_user),
+        )
+        roles = {"user": _inspect_model(user, settings.user, config.merge(own))}
     logs = inspect_ai.eval(
         task,
-        model=_inspect_model(endpoint, config),
-        model_roles={"user": _inspect_model(user, config.merge(GenerateConfig(**own)))} if user is not None else None,
+        model=_inspect_model(endpoint, subject.source, config),
+        model_roles=roles,
         epochs=repeats,
         limit=limit,
         log_dir=str(out / "logs" / subject.name),
@@ -720,18 +944,22 @@ def _run_inspect(
     )
     cells: dict[str, Cell] = {}
     for log in logs:
-        cells |= _cells_of(log, entry, endpoint, notes)
+        cells |= _cells_of(log, entry, endpoint, notes, max_tokens)
     return cells
 
 
-def _inspect_model(endpoint: Endpoint, config: Any) -> Any:
+def _inspect_model(endpoint: Endpoint, source: str, config: Any) -> Any:
     from inspect_ai.model import get_model
 
     key = os.environ.get(KEY_VARIABLE, "none")
     # Not memoized: two models may have one name.
-    return get_model(
+    model = get_model(
         f"openai-api/reapkit/{endpoint.model}", base_url=endpoint.url, api_key=key, config=config, memoize=False
     )
+    # Its client has the address. What is left of it here is a part of the key that replies are remembered under, and a server that is
+    # started again has another port.
+    model.api.base_url = source
+    return model
 
 
 def _task(entry: Benchmark, problems: Problems, tools: _Tools, counted: _Counted) -> Any:
@@ -787,7 +1015,9 @@ class _Counted:
         self._progress(self._task, self._done, max(self.total, self._done), "replies")
 
 
-def _cells_of(log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple[str, ...]) -> dict[str, Cell]:
+def _cells_of(
+    log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple[str, ...], max_tokens: int | None
+) -> dict[str, Cell]:
     """A log's cells by row; of a task that is not ours the row is the task's name."""
     rows = entry.rows if isinstance(entry, Benchmark) else (str(log.eval.task).rpartition("/")[2],)
     if log.status != "success":
@@ -806,7 +1036,8 @@ def _cells_of(log: Any, entry: Benchmark | str, endpoint: Endpoint, notes: tuple
     tokens = sum(usage.output_tokens for usage in log.stats.model_usage.values())
     tokens -= sum(usage.output_tokens for usage in log.stats.role_usage.values())
     times = [datetime.fromisoformat(moment) for moment in (log.stats.started_at, log.stats.completed_at)]
-    details = {"notes": notes, "seconds": (times[1] - times[0]).total_seconds(), "tokens": tokens}
+    seconds = (times[1] - times[0]).total_seconds()
+    details = {"notes": notes, "seconds": seconds, "tokens": tokens, "max_tokens": max_tokens}
     return {row: Cell.of(values, **details) for row, values in scores.items()}
 
 
@@ -844,18 +1075,26 @@ def _alive_or(endpoint: Endpoint, reason: str) -> str:
 def _run_lm_eval(subject: Subject, endpoint: Endpoint, settings: Settings, out: Path) -> dict[str, Cell]:
     """Multiple choice by log-likelihoods, which lm-eval asks the server's completions for."""
     folder = out / "logs" / subject.name / "lm-eval"
-    tokenizer = endpoint.model if is_url(subject.source) else subject.source
-    arguments = (
-        f"model={endpoint.model},base_url={endpoint.url}/completions,tokenizer={tokenizer},num_concurrent={CONNECTIONS}"
-    )
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {
+        "model": endpoint.model,
+        "base_url": f"{endpoint.url}/completions",
+        "tokenizer": endpoint.model if is_url(subject.source) else subject.source,
+        "tokenizer_backend": "huggingface",
+        "num_concurrent": CONNECTIONS,
+    }
+    if endpoint.max_length is not None:
+        arguments["max_length"] = endpoint.max_length
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", json.dumps(arguments),
                "--tasks", ",".join(MULTIPLE_CHOICE), "--seed", str(settings.sampling.seed), "--output_path", str(folder)]  # fmt: skip
     if settings.limit is not None:
         command += ["--limit", str(settings.limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    key = {"OPENAI_API_KEY": os.environ[KEY_VARIABLE]} if KEY_VARIABLE in os.environ else {}
+    log = folder / "lm-eval.log"
+    with log.open("wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **key}, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = _alive_or(endpoint, f"lm-eval ended: {lines[-1][:300] if lines else 'it said nothing'}")
+        reason = _alive_or(endpoint, f"lm-eval ended: {_said(log)}")
         return dict.fromkeys(MULTIPLE_CHOICE, Cell(None, reason))
     return read_lm_eval(max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime))
 

@@ -7,7 +7,9 @@ own, which also keeps what SymPy does to itself out of ours.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -37,11 +39,25 @@ def grading() -> Iterator[Grader]:
         import math_verify  # noqa: F401
     except ImportError:
         raise EvaluationError("grading mathematics needs math-verify", hint="pip install 'reapkit[eval]'") from None
-    pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        max_workers=1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     try:
         yield Grader(pool)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for work for ever where the one that gives it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def is_right(reply: str, answer: str) -> bool:

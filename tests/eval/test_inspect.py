@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.eval
 inspect_ai = pytest.importorskip(
     "inspect_ai", reason="no inspect-ai in this environment; tests/eval/setup.sh makes one"
 )
+
+from inspect_ai.log import read_eval_log  # noqa: E402
 
 from reapkit.evaluation import Cell, Sampling, Settings, evaluate  # noqa: E402
 from reapkit.figures import Figure  # noqa: E402
@@ -116,19 +119,61 @@ def test_programs_and_mathematics_are_asked_and_scored(data: Path, tmp_path: Pat
         assert values == {"HumanEval": [0.75, 0], "HumanEval+": [0.5, 0], "MATH-500": [0.75, 0]}
         assert result.rows["HumanEval+"][1].difference == Figure(-0.5, pytest.approx((1 / 12) ** 0.5))
         assert len(asked) == 8 and {(body["temperature"], body["max_tokens"]) for body in asked} == {(0.0, 64)}
-        assert result.rows["HumanEval"][0].tokens == 8
+        assert result.rows["HumanEval"][0].tokens == 8 and result.rows["HumanEval"][0].max_tokens == 64
         # A second call asks for nothing, and so does one after which only the table was lost.
         evaluate([f"original={url}", f"pruned={other}"], settings, out=tmp_path / "out")
         (tmp_path / "out/eval.json").unlink()
         again = evaluate([f"original={url}", f"pruned={other}"], settings, out=tmp_path / "out")
         assert len(asked) == 8 and again.rows["MATH-500"][0].scores == result.rows["MATH-500"][0].scores
     described = json.loads((tmp_path / "out/eval.json").read_text())
-    assert described["settings"]["problems"] == {
-        "sandbox": "bubblewrap",
-        "humaneval": "HumanEvalPlus.jsonl",
-        "math500": "MATH-500.jsonl",
-    }
+    assert described["settings"]["sandbox"] == "bubblewrap"
+    sources = {name: problems["source"] for name, problems in described["settings"]["problems"].items()}
+    assert sources == {"humaneval": "HumanEvalPlus.jsonl", "math500": "MATH-500.jsonl"}
     assert list((tmp_path / "out/logs/original").glob("*.eval"))
+
+
+def test_replies_of_a_server_that_was_started_again_are_remembered_as_long_as_it_is_the_same_model(
+    data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint's server is given another port by every run."""
+    model, program = tmp_path / "model", tmp_path / "vllm"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("scripted.py")} "$@"\n')
+    program.chmod(0o755)
+    settings = Settings(only=("math500",), data_dir=data, sampling=SAMPLING, vllm=str(program))
+
+    def asked() -> int:
+        """By a run after which only the table was lost."""
+        result = evaluate([f"m={model}"], settings, out=tmp_path / "out")
+        assert result.complete, result.table()
+        (tmp_path / "out/eval.json").unlink()
+        return (tmp_path / "out/logs/m/vllm.log").read_text().count("POST")
+
+    assert asked() == 4
+    assert asked() == 0
+    (model / "config.json").write_text('{"another": "model"}')
+    assert asked() == 4
+    settings = replace(settings, serve_arguments=("--dtype", "float32"))
+    assert asked() == 4
+
+
+def test_the_key_of_a_server_is_sent_and_not_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the logs, which are archives, nor in what is remembered, nor when the server repeats it."""
+    key = "sk-of-a-server-9876"
+    monkeypatch.setenv("REAPKIT_API_KEY", key)
+    settings = Settings(only=("math500", "tau2-telecom"), data_dir=data, limit=1, sampling=SAMPLING, message_limit=2)
+    with serving(scripted) as (url, asked), serving(lambda body: "###STOP###") as (user, _):
+        assert evaluate([f"m={url}"], replace(settings, user=user), out=tmp_path / "out").complete
+        assert asked
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".eval", ".json", ".md"}
+    for path in files:
+        contents = [path.read_bytes()]
+        if path.suffix == ".eval":
+            # Members are compressed in a way that zipfile may not know.
+            contents = [read_eval_log(str(path)).model_dump_json().encode()]
+        assert contents[0] and not any(key.encode() in content for content in contents), path
 
 
 def test_repeats_are_asked_anew_and_averaged_by_problem(data: Path, tmp_path: Path) -> None:
@@ -144,6 +189,14 @@ def test_repeats_are_asked_anew_and_averaged_by_problem(data: Path, tmp_path: Pa
     assert (
         len(asked) == 8 and cell.scores.keys() == {"q1", "q2"} and cell.figure is not None and 0 < cell.figure.value < 1
     )
+
+
+def test_the_room_for_a_reply_is_what_the_server_has_and_is_recorded(data: Path, tmp_path: Path) -> None:
+    settings = Settings(only=("math500",), data_dir=data, limit=1)
+    with serving(scripted) as (url, asked):
+        [cell] = evaluate([f"m={url}"], settings, out=tmp_path / "out").rows["MATH-500"]
+        # Of 32,768 tokens, 4,096 are left to the prompt.
+        assert cell.max_tokens == 28672 and [body["max_tokens"] for body in asked] == [28672]
 
 
 def test_a_killed_run_loses_no_reply_that_it_had(data: Path, tmp_path: Path) -> None:
@@ -174,6 +227,21 @@ def test_a_killed_run_loses_no_reply_that_it_had(data: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"][0]["cells"][0]["value"] == 0.75
 
 
+def test_a_killed_run_leaves_no_grader_behind(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import multiprocessing, os, signal\nfrom reapkit.grading import grading\n"
+        "if __name__ == '__main__':\n    with grading() as grader:\n        assert grader.submit('2', '2').result()\n"
+        "        print(multiprocessing.active_children()[0].pid, flush=True)\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("only", ["math500", "tau2-telecom"])
 def test_a_server_that_dies_is_the_cells_reason_and_no_zero(data: Path, tmp_path: Path, only: str) -> None:
     with serving(lambda body: "\\boxed{2}") as (user, _), serving(lambda body: None) as (_, asked):
@@ -202,12 +270,10 @@ def test_telecom_needs_a_user_and_runs_with_one(data: Path, tmp_path: Path) -> N
     with serving(lambda body: "Hello.") as (url, asked), serving(lambda body: "###STOP###") as (user, _):
         [cell] = evaluate([f"m={url}"], settings, out=tmp_path / "out").rows["tau2-bench Telecom"]
         assert cell == Cell(None, "needs a model that plays the user: --user URL")
-        from dataclasses import replace
-
         result = evaluate([f"m={url}"], replace(settings, user=user), out=tmp_path / "out")
         [cell] = result.rows["tau2-bench Telecom"]
         assert cell.figure is not None and cell.figure.value == 0 and len(cell.scores) == 2 and not asked
-    assert result.settings["user_simulator"] == {"source": user, "model": "scripted"}
+    assert result.settings["user_simulator"] == {"source": user, "identity": "scripted"}
 
 
 def test_a_users_own_task_is_a_row_of_its_own(tmp_path: Path) -> None:
