@@ -6,6 +6,7 @@ import gc
 import math
 import re
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
