@@ -9,10 +9,10 @@
 # make quantize-check  set up llm-compressor in an environment of its own and quantise a pruned, dequantised model afresh
 # make study        every criterion and merger on the bundled model, made for a GPU; writes docs/study.md and its plots
 # make docs         run every family's checks and write docs/architectures.md from the results
-# make hub-check    prune MiniMax-M2's 96,103 tensors from a hub on loopback, and print the bytes that docs/hub.md shows
+# make hub-check    observe and prune MiniMax-M2's 96,103 tensors from a hub on loopback, and print the bytes that docs/hub.md shows
 # make torture      kill compress 200 times at random moments, kill it at every system call that changes a file, refuse each of these
 #                   calls with every error of a disk; writes out/torture.json and the counts in docs/reliability.md
-# make fuzz         100,000 strangers' files through every reader (20,000 through those that load tokenizers); counts as above
+# make fuzz         100,000 strangers' files through every reader; writes benchmarks/fuzz.json, of which docs/reliability.md has a table
 # make soak         compress for 30 minutes with kills, memory and open files flat (SOAK_MINUTES); counts as above
 # make budget       peak memory of observing at two activation budgets, which must follow them within 10 %
 # make site         the documentation as a site in out/site, and every link in it checked
@@ -92,8 +92,7 @@ torture: $(INSTALLED)
 	$(BIN)/python tests/reliability_page.py
 
 fuzz: $(INSTALLED)
-	nice $(BIN)/python benchmarks/fuzz.py header index config plan statistics manifest rows rows-parquet -o benchmarks/fuzz.json
-	nice $(BIN)/python benchmarks/fuzz.py tokenizer tokenizer-config chat-template --cases 20000 -o benchmarks/fuzz.json
+	nice $(BIN)/python benchmarks/fuzz.py -o benchmarks/fuzz.json
 
 soak: $(INSTALLED)
 	mkdir -p out/torture
