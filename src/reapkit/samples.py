@@ -123,7 +123,7 @@ class SampleWriter:
         self._path, self._partial = path, outputs.unfinished(path)
         encoded = header.encode()
         outputs.require_target(path)
-        with outputs.explained(path, hint="once that is cured, repeat the command"):
+        with outputs.explained(path, hint=outputs.REPEAT):
             if not self._partial.exists() and path.exists() and _begins_with(path, encoded):
                 path.rename(self._partial)  # finished, and then the statistics were not
             is_new = not self._partial.exists()
@@ -144,7 +144,7 @@ class SampleWriter:
         values = np.ascontiguousarray(rows, dtype=_DTYPES[info.dtype])
         assert values.shape[1:] == info.shape[1:] and first + len(values) <= info.shape[0]
         offset = info.start + first * (info.nbytes // max(info.shape[0], 1))
-        with outputs.explained(self._path, hint="once that is cured, repeat the command"):
+        with outputs.explained(self._path, hint=outputs.REPEAT):
             view = memoryview(values.tobytes())
             while view:
                 count = os.pwrite(self._stream.fileno(), view, offset)
@@ -152,13 +152,13 @@ class SampleWriter:
 
     def sync(self) -> None:
         """Let what was written last through a power cut."""
-        with outputs.explained(self._path, hint="once that is cured, repeat the command"):
+        with outputs.explained(self._path, hint=outputs.REPEAT):
             os.fsync(self._stream.fileno())
 
     def finish(self) -> None:
         """Give the file its name."""
         self.sync()
-        with outputs.explained(self._path, hint="once that is cured, repeat the command"):
+        with outputs.explained(self._path, hint=outputs.REPEAT):
             self._stream.close()
             self._partial.replace(self._path)
             outputs.sync_folder(self._path.parent)
@@ -266,7 +266,7 @@ def require_space(path: Path, header: SampleHeader) -> None:
         folder = folder.parent
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
-    with outputs.explained(path, hint="once that is cured, repeat the command"):
+    with outputs.explained(path, hint=outputs.REPEAT):
         begun = [
             file for file in (outputs.unfinished(path), path) if file.exists() and _begins_with(file, header.encode())
         ]

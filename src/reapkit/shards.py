@@ -14,13 +14,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
-from typing import IO, Any
+from typing import Any
 
 from reapkit import cards, edits, landing
 from reapkit.cards import Subject
@@ -566,10 +566,7 @@ def _write_shard(
     if landing.comes_from_the_hub(checkpoint, tensors):
         landing.land(checkpoint, header, tensors, path, path.parent / LANDED / f"{path.name}.jsonl", advance)
         return
-    with ExitStack() as stack:
-        with reading(source_file):
-            source = stack.enter_context((checkpoint.path / source_file).open("rb", buffering=0))
-        target = stack.enter_context(appearing(path))
+    with _copying(checkpoint, source_file, path) as (source, target):
         write_all(target, header)
         advance(len(header))
         for piece in _joined(_pieces(checkpoint, tensors)):
@@ -626,8 +623,7 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
             advance(count)
     source.seek(start)
     while start < stop:
-        with reading(file):
-            chunk = source.read(min(stop - start, _CHUNK_BYTES))
+        chunk = _read(source, min(stop - start, _CHUNK_BYTES), file=file)
         if not chunk:
             raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
         write_all(target, chunk)
@@ -637,14 +633,20 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
 
 def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
     make_folder((out / name).parent)
-    with ExitStack() as stack:
-        with reading(name):
-            source = stack.enter_context((checkpoint.path / name).open("rb"))
-        target = stack.enter_context(appearing(out / name))
-        while chunk := _read(source, name):
+    with _copying(checkpoint, name, out / name) as (source, target):
+        while chunk := _read(source, _CHUNK_BYTES, file=name):
             write_all(target, chunk)
 
 
-def _read(source: IO[bytes], file: str) -> bytes:
+@contextmanager
+def _copying(checkpoint: Checkpoint, file: str, path: Path) -> Iterator[tuple[FileIO, FileIO]]:
+    """A file of the source and a new one, open; which of the two the system refuses is what its error says."""
     with reading(file):
-        return source.read(_CHUNK_BYTES)
+        source = (checkpoint.path / file).open("rb", buffering=0)
+    with source, appearing(path) as target:
+        yield source, target
+
+
+def _read(source: FileIO, count: int, *, file: str) -> bytes:
+    with reading(file):
+        return source.read(count)
