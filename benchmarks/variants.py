@@ -39,6 +39,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from reapkit.figures import ratio
 from streaming import full_model
 
 MODEL = Path(__file__).parents[1] / "models/m2-nano"
@@ -269,7 +270,7 @@ def layer_by_layer(model: Model, text: Sequence[Document], *, removed: int, feed
 
 def divergence(
     model: Model, text: Sequence[Document], references: Sequence[Tensor], kept: Sequence[Sequence[int]]
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | None]]:
     """KL(original ‖ pruned) by domain and over all tokens, each with its standard error over documents."""
     for index, experts in enumerate(kept):
         model.restrict(index, experts)
@@ -279,18 +280,12 @@ def divergence(
         sums.append((document.domain, float((reference.exp() * (reference - found)).sum()), len(found)))
     for index in range(len(kept)):
         model.restrict(index, None)
-    return {
-        name: _ratio([(total, count) for domain, total, count in sums if name in (domain, "overall")])
-        for name in [*sorted({domain for domain, _, _ in sums}), "overall"]
-    }
-
-
-def _ratio(parts: Sequence[tuple[float, int]]) -> list[float]:
-    """A mean over tokens, and its standard error where documents are what is drawn."""
-    total, count = np.array(parts, dtype=np.float64).T
-    mean = total.sum() / count.sum()
-    spread = ((total - mean * count) ** 2).sum() * len(total) / max(len(total) - 1, 1)
-    return [float(mean), float(np.sqrt(spread) / count.sum())]
+    found_by: dict[str, list[float | None]] = {}
+    for name in [*sorted({domain for domain, _, _ in sums}), "overall"]:
+        total, count = np.array([row[1:] for row in sums if name in (row[0], "overall")], dtype=np.float64).T
+        figure = ratio(total, count)
+        found_by[name] = [figure.value, figure.standard_error]
+    return found_by
 
 
 def kept_sets(
@@ -346,8 +341,7 @@ def main() -> None:
     for name, count, kept in kept_sets(model, calibration, arguments.removed, arguments.draws):
         row = {"variant": name, "removed": count, "kl": divergence(model, heldout, references, kept)}
         rows.append(row)
-        mean, error = row["kl"]["overall"]
-        print(f"{count} removed, {name}: {mean:.4f} +- {error:.4f}", file=sys.stderr)
+        print(json.dumps(row), file=sys.stderr)
     tokens = {
         split: sum(document.ids.shape[1] for document in text)
         for split, text in (("calibration", calibration), ("heldout", heldout))
