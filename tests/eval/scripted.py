@@ -7,22 +7,27 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WORDS = sys.argv[1:]
 
+class Chats(BaseHTTPRequestHandler):
+    """A server of one model; what is said to a chat is for those that inherit to change."""
 
-class Handler(BaseHTTPRequestHandler):
+    model = "scripted"
+
+    def reply(self, body: dict[str, Any]) -> str | None:
+        """What is said; None closes the connection."""
+        return "\\boxed{2}"
+
     def do_GET(self) -> None:
-        self._send({"data": [{"id": WORDS[1], "max_model_len": 32768}]})
+        self._send({"data": [{"id": self.model, "max_model_len": 32768}]})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "\\boxed{2}"},
-            "finish_reason": "stop",
-        }
+        text = self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if text is None:
+            self.connection.close()
+            return
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-        head = {"id": "x", "object": "chat.completion", "created": 1, "model": WORDS[1]}
+        head = {"id": "x", "object": "chat.completion", "created": 1, "model": self.model}
         self._send({**head, "choices": [choice], "usage": usage})
 
     def _send(self, value: Any) -> None:
@@ -35,5 +40,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    port = int(WORDS[WORDS.index("--port") + 1])
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    Chats.model = sys.argv[2]
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    ThreadingHTTPServer(("127.0.0.1", port), Chats).serve_forever()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ inspect_ai = pytest.importorskip(
 )
 
 from inspect_ai.log import read_eval_log  # noqa: E402
+from scripted import Chats  # noqa: E402
 
 from reapkit.evaluation import Cell, Sampling, Settings, evaluate  # noqa: E402
 from reapkit.figures import Figure  # noqa: E402
@@ -42,30 +43,10 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server whose chats get what `answer` makes of the request; None closes the connection. Also the requests so far."""
     asked: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._send({"data": [{"id": "scripted", "max_model_len": 32768}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    class Handler(Chats):
+        def reply(self, body: dict[str, Any]) -> str | None:
             asked.append(body)
-            text = answer(body)
-            if text is None:
-                self.connection.close()
-                return
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-            head = {"id": "x", "object": "chat.completion", "created": 1, "model": "scripted"}
-            self._send({**head, "choices": [choice], "usage": usage})
-
-        def _send(self, value: Any) -> None:
-            content = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            return answer(body)
 
         def log_message(self, *_: Any) -> None:
             pass
