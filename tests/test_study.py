@@ -162,7 +162,7 @@ def record(
     space = {"participation": 1.0, "effective_rank": 0.9, "spread": 0.8 if kind == "pruned" else 0.5}
     return {
         "calibration": "all", "seed": seed, "method": method, "ratio": ratio, "kind": kind, "exact": exact,
-        "kl": {"overall": figure}, "top1": {"overall": figure}, "subspace": space, **changes,
+        "kl": {"overall": figure, "stdlib": figure}, "top1": {"overall": figure}, "subspace": space, **changes,
     }  # fmt: skip
 
 
@@ -193,15 +193,76 @@ def test_the_page_says_who_wins_who_loses_and_what_did_not_run(cells: list[dict[
     study_page.render(cells, tmp_path / "results/study.json", tmp_path)
     page = (tmp_path / "study.md").read_text()
     assert "the smallest KL has reroute residual (0.1100" in page and "REAP is 3 of 4 by KL" in page
+    assert "by KL; more than REAP, beyond the spread, solve: reroute residual." in page
     assert (
-        "3.73 times smaller (at least halved)" in page
-        and "methods with a smaller KL than the re-routed error: none" in page
+        "by reap: where the calibration sample matters most to it, python is solved at 0.600, 0.700, 0.600 by sample"
+        in page
     )
-    assert "REAP (0.4100 ± 0.0115) loses by KL to frequency (0.3100 ± 0.0115)" in page
+    row = next(
+        line for line in page.splitlines() if line.startswith("| 25 % | reroute residual | 0.1100 ± 0.0115 | 0.4100")
+    )
+    assert row.endswith("3.73 times smaller | 0.933 ± 0.065 | 0.633 ± 0.113 | none | none | none | none |")
+    assert "REAP (0.4100 ± 0.0115) loses by KL, beyond the spread, to frequency (0.3100 ± 0.0115)" in page
     assert "below every pruned one: ream" in page and "Not run: aimer: it failed" in page and "pilot" not in page
     before = {name: (tmp_path / name).read_bytes() for name in ("study.md", *study_page.PLOTS)}
     study_page.render(None, tmp_path / "results/study.json", tmp_path)
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_the_page_names_domains_that_the_challenger_loses(cells: list[dict[str, Any]]) -> None:
+    right = {"reap": (4, 6), "reroute residual": (0, 10), "frequency": (10, 10)}
+    for cell in cells:
+        for domain, number in zip(("python", "lookup"), right.get(cell["method"], ()), strict=False):
+            cell["exact"][domain]["right"] = number
+        if cell["method"] == "reroute residual":
+            figures = {"overall": 0.5, "stdlib": 0.9}
+            cell["kl"] = {name: {"value": value, "standard_error": 0.01} for name, value in figures.items()}
+    page = study_page.page(study_page.Results(cells))
+    row = next(line for line in page.splitlines() if "times larger" in line)
+    assert "more than REAP, beyond the spread, solve: frequency." in page
+    assert "| 1.22 times larger |" in row and row.endswith("| python | lookup | stdlib | frequency, reap |")
+
+
+def test_differences_are_paired_by_seed_and_held_to_what_three_seeds_can_tell(cells: list[dict[str, Any]]) -> None:
+    """0.02, 0.03 and 0.04 apart: a mean of 0.03 with an error of 0.01 / sqrt(3), t = 5.2, where two degrees of freedom ask for 4.30."""
+    entries = study_page.Results(cells).entries
+    base = entries["all", "reap", "0.25"]
+    for factor, is_beyond in ((1.0, True), (2.0, False)):
+        steps = [0.03 - factor * 0.01, 0.03, 0.03 + factor * 0.01]
+        records = [
+            {**one, "kl": {"overall": {"value": one["kl"]["overall"]["value"] + step}}}
+            for one, step in zip(base.records, steps, strict=True)
+        ]
+        apart = study_page.kl_difference(study_page.Entry("all", "other", "0.25", tuple(records)), base)
+        assert apart is not None and apart.freedom == 2
+        assert (apart.value, apart.error) == pytest.approx((0.03, factor * 0.01 / math.sqrt(3)))
+        assert apart.is_beyond == is_beyond  # of 5.2 and 2.6 errors, both more than 1.96
+
+
+def test_differences_of_prompts_solved_count_seeds_and_prompts(cells: list[dict[str, Any]]) -> None:
+    """Shares of 0.6, 0.7, 0.6 against 0.2, 0.2, 0.2 of ten prompts."""
+    entries = study_page.Results(cells).entries
+    base, other = entries["all", "reap", "0.25"], entries["all", "frequency", "0.25"]
+    for record in other.records:
+        record["exact"]["python"]["right"] = 2
+    apart = study_page.exact_difference(base, other, "python")
+    seeds, prompts = (0.01 / 3) / 3, (19 / 30 * 11 / 30 + 0.2 * 0.8) / 10
+    assert apart is not None and apart.value == pytest.approx(13 / 30)
+    assert apart.error == pytest.approx(math.sqrt(seeds + prompts))
+    assert apart.freedom == pytest.approx(2 * ((seeds + prompts) / seeds) ** 2)
+    assert apart.is_beyond  # 2.15 errors, at many degrees of freedom
+    alone = study_page.Entry("all", "reap", "0.25", base.records[:1])
+    assert study_page.kl_difference(alone, other) is None
+    single = study_page.exact_difference(
+        alone, study_page.Entry("all", "frequency", "0.25", other.records[:1]), "python"
+    )
+    assert single is not None and math.isinf(single.freedom) and single.error == pytest.approx(0.2)
+    assert single.is_beyond  # 2.0 errors, and the prompts' chance is known
+
+
+def test_a_study_with_cells_missing_says_so(cells: list[dict[str, Any]]) -> None:
+    assert "missing" not in study_page.page(study_page.Results(cells))
+    assert "1 of 12 cells missing" in study_page.page(study_page.Results(cells[:1] + cells[2:]))
 
 
 def test_a_study_of_fewer_prompts_calls_itself_a_pilot(cells: list[dict[str, Any]]) -> None:
