@@ -178,7 +178,7 @@ class Difference:
 
         level = 1 - CHANCE / 2
         limit = ndtri(level) if math.isinf(self.freedom) else stdtrit(self.freedom, level)
-        return abs(self.value) > limit * self.error
+        return bool(abs(self.value) > limit * self.error)
 
 
 def difference(
