@@ -11,10 +11,14 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +54,10 @@ from reapkit.tensors import TensorInfo, parse_json, read_header, reading
 if TYPE_CHECKING:
     from reapkit.neurons import Place
 
-_CHUNK_BYTES = 16 << 20
+# Large enough that calls cost nothing, small enough that bytes are still in a core's cache when they are hashed and compared.
+_CHUNK_BYTES = 2 << 20
+# A core hashes and compares about 1 GB/s, and reads what that takes from the source beside it; no disk of today needs more of them.
+_FILES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -449,45 +456,101 @@ class _Output:
         landed: Mapping[str, Landed],
         progress: Progress,
     ) -> None:
-        """Hash every file, and compare its tensors with the source on the way, or with what was received of it."""
+        """Hash every file, and compare its tensors with the source on the way, or with what was received of it.
+
+        Several files are read at once, each by a thread; what is found does not depend on that.
+        """
         present = [name for name in sorted(names) if is_plain_file(self.path / name, self.path)]
         total = sum((self.path / name).stat().st_size for name in present)
-        for name in present:
-            digest = hashlib.sha256()
-            compared = expected
-            received = _Received(landed[name]) if name in landed else None
-            if received is not None:
-                mine = {key: expected[key] for key in self.headers[name] if key in expected}
-                self.problems.extend(received.misplaced(self.headers[name], mine))
-                compared = {key: item for key, item in mine.items() if _segments(item) is None}
-            with reading(name), _expected_soon(checkpoint, self.headers.get(name, {}), compared):
-                for chunk in self._compared(name, compared, checkpoint):
-                    digest.update(chunk)
-                    if received is not None:
-                        received.update(chunk)
-                    self.num_bytes += len(chunk)
-                    progress("verifying", self.num_bytes, total, "B")
-            if received is not None:
-                self.problems.extend(received.problems(name))
-            self.digests[name] = digest.hexdigest()
+        comparisons = {name: self._comparison(name, expected, landed.get(name), checkpoint) for name in present}
+        counting, computing, stopped = Lock(), Lock(), Event()
 
-    def _compared(self, file: str, expected: Mapping[str, _Expected], checkpoint: Checkpoint | None) -> Iterator[bytes]:
-        """A file's bytes in pieces, those of its tensors held against the source's."""
-        with (self.path / file).open("rb") as stream:
-            for info in self.headers.get(file, {}).values():
-                item = expected.get(info.name)
-                comparable = item is not None and (info.dtype, info.shape) == (item.dtype, item.shape)
-                if checkpoint is None or item is None or not comparable:
-                    continue
-                yield from _pieces(stream, info.start - stream.tell())
-                same, left = True, info.nbytes
-                for wanted in _wanted(checkpoint, item):
-                    piece = stream.read(len(wanted))
-                    same, left = same and piece == wanted, left - len(piece)
-                    yield piece
-                if left or not same:
-                    self.problems.append(_describe_difference(info, item))
-            yield from _pieces(stream, None)
+        def advance(count: int) -> None:
+            if stopped.is_set():
+                raise CancelledError
+            with counting:
+                self.num_bytes += count
+                progress("verifying", self.num_bytes, total, "B")
+
+        def read(name: str) -> tuple[str, list[str]]:
+            advance(0)
+            return self._read_file(name, comparisons[name], checkpoint, advance=advance, computing=computing)
+
+        # What comes through the network is read ahead by several requests and from one file after the other.
+        is_fetched = checkpoint is not None and any(_is_fetched(checkpoint, found) for found in comparisons.values())
+        count = 1 if is_fetched else min(_FILES_AT_ONCE, 2 * (os.cpu_count() or 1))
+        with ThreadPoolExecutor(count, thread_name_prefix="reapkit-verify") as readers:
+            try:
+                for name, future in [(name, readers.submit(read, name)) for name in present]:
+                    self.digests[name], problems = future.result()
+                    self.problems.extend(problems)
+            except BaseException:
+                stopped.set()
+                raise
+
+    def _comparison(
+        self,
+        name: str,
+        expected: Mapping[str, _Expected],
+        landed: Landed | None,
+        checkpoint: Checkpoint | None,
+    ) -> _Comparison:
+        held = self.headers.get(name, {})
+        mine = {key: expected[key] for key in held if key in expected}
+        received = _Received(landed) if landed is not None else None
+        problems = received.misplaced(held, mine) if received is not None else ()
+        compared = [
+            (info, mine[key])
+            for key, info in held.items()
+            if checkpoint is not None
+            and key in mine
+            and (info.dtype, info.shape) == (mine[key].dtype, mine[key].shape)
+            and (received is None or _segments(mine[key]) is None)
+        ]
+        return _Comparison(compared, received, tuple(problems))
+
+    def _read_file(
+        self,
+        name: str,
+        comparison: _Comparison,
+        checkpoint: Checkpoint | None,
+        *,
+        advance: Callable[[int], None],
+        computing: Lock,
+    ) -> tuple[str, list[str]]:
+        """A file's digest, and what is wrong with its bytes.
+
+        Args:
+            name: the file.
+            comparison: what its tensors are held against.
+            checkpoint: the source.
+            advance: told how many bytes were read.
+            computing: held while a tensor is computed, which may take as much memory as a layer, until it was compared.
+        """
+        problems = list(comparison.problems)
+        space = memoryview(bytearray(_CHUNK_BYTES))
+        with (
+            reading(name),
+            (self.path / name).open("rb", buffering=0) as stream,
+            _expected_soon(checkpoint, comparison),
+        ):
+            content = _Content(stream, comparison.received, advance)
+            for info, item in comparison.compared:
+                assert checkpoint is not None
+                content.read_to(info.start)
+                if _segments(item) is not None:
+                    is_same = content.equals(_wanted(checkpoint, item, space), info.nbytes)
+                else:
+                    with computing:
+                        content.tell()
+                        is_same = content.equals(_wanted(checkpoint, item, space), info.nbytes)
+                if not is_same:
+                    problems.append(_describe_difference(info, item))
+            content.read_to(None)
+            content.tell()
+        if comparison.received is not None:
+            problems.extend(comparison.received.problems(name))
+        return content.digest.hexdigest(), problems
 
     def compare_digests(self, recorded: Mapping[str, str]) -> None:
         """Every file is as it was when it was compared with the source."""
@@ -498,8 +561,86 @@ class _Output:
                 self.problems.append(f"{name} has changed since it was compared with the source")
 
 
-def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearray | memoryview]:
-    """The bytes that a tensor of the output should have; whole tensors are copied in pieces, so that memory stays small."""
+@dataclass(frozen=True)
+class _Comparison:
+    """What a file of the output is held against.
+
+    Attributes:
+        compared: its tensors in the order of their bytes, with where they should come from.
+        received: what came for it from the hub; None where nothing is listed, or nothing is to be trusted.
+        problems: what is wrong by that list alone.
+    """
+
+    compared: Sequence[tuple[TensorInfo, _Expected]]
+    received: _Received | None
+    problems: tuple[str, ...]
+
+
+class _Content:
+    """A file's bytes, read once from its beginning in pieces that are hashed and forgotten.
+
+    Args:
+        stream: the file, unbuffered.
+        received: given every piece too.
+        advance: told how many bytes were read.
+    """
+
+    def __init__(self, stream: FileIO, received: _Received | None, advance: Callable[[int], None]) -> None:
+        self.digest = hashlib.sha256()
+        self._stream = stream
+        self._received = received
+        self._advance = advance
+        self._space = memoryview(bytearray(_CHUNK_BYTES))
+        self._position = self._told = 0
+
+    def read_to(self, stop: int | None) -> None:
+        """Read on to a place, to the end for None."""
+        while stop is None or self._position < stop:
+            if not self._take(_CHUNK_BYTES if stop is None else stop - self._position):
+                return
+
+    def equals(self, expected: Iterable[memoryview], count: int) -> bool:
+        """Whether the next `count` bytes are the expected ones; it reads as many as are expected."""
+        is_same, left = True, count
+        for whole in expected:
+            for first in range(0, len(whole), _CHUNK_BYTES):
+                wanted = whole[first : first + _CHUNK_BYTES]
+                piece = self._take(len(wanted))
+                is_same = is_same and _equal(piece, wanted)
+                left -= len(piece)
+        return is_same and not left
+
+    def _take(self, count: int) -> memoryview:
+        """The next bytes, as many as there are and fit: until the next are taken."""
+        space, filled = self._space[:count], 0
+        while filled < len(space) and (more := self._stream.readinto(space[filled:])):
+            filled += more
+        piece = space[:filled]
+        self.digest.update(piece)
+        if self._received is not None:
+            self._received.update(piece)
+        self._position += filled
+        if self._position - self._told >= _CHUNK_BYTES:  # thousands of scales of a kilobyte are not worth a word each
+            self.tell()
+        return piece
+
+    def tell(self) -> None:
+        """Say how far it is, which ends the reading where it was stopped."""
+        self._advance(self._position - self._told)
+        self._told = self._position
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    """Whether bytes are the same, by whole words and with the interpreter's lock released; views themselves compare sign by sign."""
+    if len(one) != len(other):
+        return False
+    count = len(one) // 8
+    mine, theirs = (np.frombuffer(view, np.uint64, count) for view in (one, other))
+    return np.array_equal(mine, theirs) and bytes(one[8 * count :]) == bytes(other[8 * count :])
+
+
+def _wanted(checkpoint: Checkpoint, item: _Expected, space: memoryview) -> Iterator[memoryview]:
+    """The bytes that a tensor of the output should have; what is not computed comes in pieces through `space`, each until the next."""
     if item.average is not None:
         yield _average(checkpoint, item, item.average)
     elif item.dequantized is not None:
@@ -515,9 +656,9 @@ def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearr
         yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data
     elif (segments := _segments(item)) is not None:
         for start, stop in segments:
-            for first in range(start, stop, _CHUNK_BYTES):
-                piece = bytearray(min(stop - first, _CHUNK_BYTES))
-                checkpoint.source.read_into(item.info.file, first, memoryview(piece), inside=item.info.name)
+            for first in range(start, stop, len(space)):
+                piece = space[: stop - first]
+                checkpoint.source.read_into(item.info.file, first, piece, inside=item.info.name)
                 yield piece
     else:
         assert item.stacked is not None
@@ -526,7 +667,7 @@ def _wanted(checkpoint: Checkpoint, item: _Expected) -> Iterator[bytes | bytearr
         inner = item.info.nbytes // (math.prod(outer) * count)
         stored = np.frombuffer(checkpoint.read(item.info), np.dtype((np.void, inner)))
         taken = stored.reshape((*outer, count)).take(_entries(item.stacked, item.kept), axis=item.stacked.axis)
-        yield taken.tobytes()
+        yield memoryview(taken.tobytes())
 
 
 def _segments(item: _Expected) -> list[tuple[int, int]] | None:
@@ -542,26 +683,33 @@ def _segments(item: _Expected) -> list[tuple[int, int]] | None:
     return [(info.start + e * size, info.start + (e + 1) * size) for e in _entries(stacked, item.kept)]
 
 
-def _expected_soon(
-    checkpoint: Checkpoint | None, header: Mapping[str, TensorInfo], expected: Mapping[str, _Expected]
-) -> AbstractContextManager[None]:
+def _expected_soon(checkpoint: Checkpoint | None, comparison: _Comparison) -> AbstractContextManager[None]:
     """Let what a shard of the output is compared with be read ahead, where it comes through the network."""
-    if checkpoint is None or checkpoint.remote is None:
+    if checkpoint is None or not _is_fetched(checkpoint, comparison):
         return nullcontext()
-    ranges: list[Range] = []
-    for name, info in header.items():
-        item = expected.get(name)
-        if item is None or (info.dtype, info.shape) != (item.dtype, item.shape):
-            continue
+    return checkpoint.source.expecting(_ranges(checkpoint, comparison))
+
+
+def _is_fetched(checkpoint: Checkpoint, comparison: _Comparison) -> bool:
+    """Whether anything that a file is held against comes through the network."""
+    remote = checkpoint.remote
+    if remote is None:
+        return False
+    is_averaged = any(item.average is not None for _, item in comparison.compared)  # of tensors in any shard
+    return is_averaged or any(
+        remote.local(file) is None for file in {file for file, _, _ in _ranges(checkpoint, comparison)}
+    )
+
+
+def _ranges(checkpoint: Checkpoint, comparison: _Comparison) -> Iterator[Range]:
+    for _, item in comparison.compared:
         infos = [item.info]
         if item.dequantized is not None:
             infos += item.dequantized.companions(item.info, checkpoint.tensors)
-        segments = _segments(item)
-        if segments is not None:
-            ranges += [(item.info.file, start, stop) for start, stop in segments]
+        if (segments := _segments(item)) is not None:
+            yield from ((item.info.file, start, stop) for start, stop in segments)
         else:
-            ranges += [(part.file, part.start, part.stop) for part in infos]
-    return checkpoint.source.expecting(ranges)
+            yield from ((part.file, part.start, part.stop) for part in infos)
 
 
 class _Received:
@@ -608,9 +756,9 @@ class _Received:
             start, place = start + count, place + count
         return True
 
-    def update(self, chunk: bytes | bytearray | memoryview) -> None:
+    def update(self, view: memoryview) -> None:
         """Take the file's next bytes."""
-        view, begin = memoryview(chunk), self._position
+        begin = self._position
         end = begin + len(view)
         assert self._header_stop is not None
         if begin < self._header_stop:
@@ -682,17 +830,6 @@ def _entries(stacked: StackedTensor, kept: Sequence[int]) -> list[int]:
     return [*kept, *range(stacked.num_experts, stacked.num_entries)]
 
 
-def _pieces(stream: Any, count: int | None) -> Iterator[bytes]:
-    """The next bytes of a file, to its end for None."""
-    left = count
-    while left is None or left > 0:
-        piece = stream.read(_CHUNK_BYTES if left is None else min(left, _CHUNK_BYTES))
-        if not piece:
-            return
-        left = None if left is None else left - len(piece)
-        yield piece
-
-
 def _describe_difference(info: TensorInfo, item: _Expected) -> str:
     if item.average is not None:
         return f"{info.name!r} in {info.file} is not the average of the source's experts that the manifest says"
@@ -724,4 +861,4 @@ def _same_bytes(path: Path, other: Path) -> bool:
         if path.stat().st_size != other.stat().st_size:
             return False
         with path.open("rb") as first, other.open("rb") as second:
-            return all(piece == second.read(len(piece)) for piece in _pieces(first, None))
+            return all(piece == second.read(len(piece)) for piece in iter(lambda: first.read(_CHUNK_BYTES), b""))
