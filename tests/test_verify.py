@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import random
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from conftest import PlanFor
-from reapkit import shards
-from reapkit.checkpoint import MANIFEST_NAME, UNFINISHED_NAME
+from reapkit import formats, shards, sources, verification
+from reapkit.checkpoint import MANIFEST_NAME, UNFINISHED_NAME, Checkpoint
 from reapkit.errors import CheckpointError
 from reapkit.shards import Manifest
-from reapkit.tensors import read_header
+from reapkit.tensors import read_header, reading
 from reapkit.verification import Verification, verify
 
 KEEP = 5
@@ -327,6 +333,136 @@ def test_a_manifest_that_lists_other_experts_is_found(out: Path) -> None:
     tiny.write_json(out / MANIFEST_NAME, value)
     reported = problems(out)
     assert found(repr(GATE), reported) and found(repr(BIAS), reported) and found(EXPERT, reported)
+
+
+# ---- several files at once
+
+
+def flip_last_bits(out: Path) -> list[str]:
+    """Damage the end of the last tensor of every shard but the first; how what is found should begin, in order."""
+    expected = []
+    for shard in sorted(out.glob("*.safetensors"))[1:]:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        expected.append(f"{list(read_header(shard)[0])[-1]!r} in {shard.name} ")
+    return expected
+
+
+@pytest.mark.parametrize("chunk", [1001, 2 << 20])
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_what_is_found_depends_neither_on_how_many_files_are_read_at_once_nor_on_the_pieces(
+    out: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, chunk: int
+) -> None:
+    monkeypatch.setattr(verification, "_FILES_AT_ONCE", at_once)
+    monkeypatch.setattr(verification, "_CHUNK_BYTES", chunk)
+    whole = out.with_name("whole")
+    shutil.copytree(out, whole)
+    expected = flip_last_bits(out)
+    calls: list[tuple[str, float, float, str]] = []
+    result = verify(out, progress=lambda *call: calls.append(call))
+    assert len(expected) > 2
+    assert [problem.startswith(start) for problem, start in zip(result.problems, expected, strict=True)] == [
+        True
+    ] * len(expected)
+    done = [call[1] for call in calls]
+    assert done == sorted(done) and calls[-1] == ("verifying", result.num_bytes, result.num_bytes, "B")
+    assert verify(whole).ok
+    digests = Manifest.load(whole).digests
+    assert digests == {name: hashlib.sha256((whole / name).read_bytes()).hexdigest() for name in sorted(digests or ())}
+
+
+class Watched:
+    """Stands in for how a folder's shards are read, so that a test decides when and how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[str], object]) -> None:
+        read = sources.read_file
+
+        def read_file(path: Path, start: int, view: memoryview, *, file: str, inside: str = "") -> None:
+            # Headers and fingerprints are read by the main thread, before.
+            if threading.current_thread() is not threading.main_thread():
+                before(file)
+            read(path, start, view, file=file, inside=inside)
+
+        monkeypatch.setattr(sources, "read_file", read_file)
+
+
+def test_several_files_are_read_at_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_two = sorted(out.glob("*.safetensors"))[:2]
+    together, seen = threading.Barrier(2, timeout=20), set[str]()
+
+    def meet(file: str) -> None:
+        if file not in seen and len(seen) < 2:
+            seen.add(file)
+            together.wait()  # one thread alone would wait for itself
+
+    Watched(monkeypatch, meet)
+    assert verify(out).ok and len(seen) == len(first_two)
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_of_several_files_that_cannot_be_read_the_first_is_named(
+    out: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(verification, "_FILES_AT_ONCE", at_once)
+    order = sorted(set(tiny.read_json(out / INDEX)["weight_map"].values()))
+    failed = threading.Event()
+
+    def fail(file: str) -> None:
+        with reading(file):
+            if file == of_source[1]:
+                failed.wait(20 if at_once > 1 else 0)  # it fails last
+                raise OSError(errno.EIO, "Input/output error")
+            if file == of_source[2]:
+                failed.set()
+                raise OSError(errno.EIO, "Input/output error")
+
+    header_of = Checkpoint.open(Manifest.load(out).source.origin).tensors
+    of_source = [header_of[next(iter(read_header(out / file)[0]))].file for file in order[:3]]
+    assert of_source == sorted(set(of_source))
+    Watched(monkeypatch, fail)
+    refuse(out, f"{of_source[1]} cannot be read: Input/output error")
+    assert failed.is_set() == (at_once > 1)
+
+
+def test_an_interrupt_ends_all_files_and_nothing_is_recorded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "_CHUNK_BYTES", 512)
+    before = (out / MANIFEST_NAME).read_bytes()
+    calls: list[float] = []
+
+    def interrupt(task: str, done: float, total: float, unit: str) -> None:
+        calls.append(done / total)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.002)
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(out, progress=interrupt)
+    assert len(calls) >= 20 and calls[-1] < 0.5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reapkit-verify")]
+    assert (out / MANIFEST_NAME).read_bytes() == before
+
+
+def test_one_tensor_at_a_time_is_computed(
+    plan_for: PlanFor, m2_fp8: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(out)
+    shards.write(*plan_for(m2_fp8, KEEP), out, dequantize=True)
+    running, most, decode = 0, 0, formats.decode
+    counting = threading.Lock()
+
+    def counted(*arguments: object, **options: object) -> torch.Tensor:
+        nonlocal running, most
+        with counting:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with counting:
+            running -= 1
+        return decode(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(formats, "decode", counted)
+    assert verify(out).ok and most == 1
 
 
 # ---- what cannot be verified

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -463,29 +463,41 @@ class _Output:
         present = [name for name in sorted(names) if is_plain_file(self.path / name, self.path)]
         total = sum((self.path / name).stat().st_size for name in present)
         comparisons = {name: self._comparison(name, expected, landed.get(name), checkpoint) for name in present}
-        counting, computing, stopped = Lock(), Lock(), Event()
+        counting, computing = Lock(), Lock()
+        # What comes after it is read in vain; what comes before it may yet be what the error is about.
+        last = len(present)
 
-        def advance(count: int) -> None:
-            if stopped.is_set():
-                raise CancelledError
+        def stop_after(number: int) -> None:
+            nonlocal last
             with counting:
-                self.num_bytes += count
-                progress("verifying", self.num_bytes, total, "B")
+                last = min(last, number)
 
-        def read(name: str) -> tuple[str, list[str]]:
-            advance(0)
-            return self._read_file(name, comparisons[name], checkpoint, advance=advance, computing=computing)
+        def read(number: int) -> tuple[str, list[str]]:
+            def advance(count: int) -> None:
+                if number > last:
+                    raise CancelledError
+                with counting:
+                    self.num_bytes += count
+                    progress("verifying", self.num_bytes, total, "B")
 
-        # What comes through the network is read ahead by several requests and from one file after the other.
+            name = present[number]
+            try:
+                advance(0)
+                return self._read_file(name, comparisons[name], checkpoint, advance=advance, computing=computing)
+            except BaseException:
+                stop_after(number)
+                raise
+
+        # What comes through the network is read ahead by several requests, for one file after the other.
         is_fetched = checkpoint is not None and any(_is_fetched(checkpoint, found) for found in comparisons.values())
         count = 1 if is_fetched else min(_FILES_AT_ONCE, 2 * (os.cpu_count() or 1))
         with ThreadPoolExecutor(count, thread_name_prefix="reapkit-verify") as readers:
             try:
-                for name, future in [(name, readers.submit(read, name)) for name in present]:
+                for name, future in zip(present, [readers.submit(read, n) for n in range(len(present))], strict=True):
                     self.digests[name], problems = future.result()
                     self.problems.extend(problems)
             except BaseException:
-                stopped.set()
+                stop_after(-1)
                 raise
 
     def _comparison(
