@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
     python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
-    python benchmarks/full_size.py prune FOLDER OUT [--rounds 3]         `prune` against `cp` of its output, in turn, caches dropped; no GPU
+    python benchmarks/full_size.py prune FOLDER OUT [--rounds 3]         `prune` against `cp` of its output, `verify` against `dd`; no GPU
     python benchmarks/full_size.py fetch FOLDER                          one layer from cached files to the GPU, by 1, 4 and 8 threads
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
     torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER [--tokens 6000000]     one run over N GPUs, timed between barriers
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,33 +178,62 @@ def prune(folder: Path, out: Path, rounds: int, report: Path | None) -> None:
     """Which experts go does not matter to the disk: a plan at random, which needs no statistics."""
     plan = out.with_name(f"{out.name}.json")
     timed("plan", folder, "--criterion", "random", "--ratio", "0.30", "-o", plan, "-q")
-    pruned, copies, peak = [], [], 0.0
+    seconds: dict[str, list[float]] = {"prune": [], "cp": [], "verify": [], "read": []}
+    peaks = {"prune": 0.0, "verify": 0.0}
     for _ in range(rounds + 1):  # the first, which is not counted, writes where a virtual disk has never been written
         shutil.rmtree(out, ignore_errors=True)
-        drop_caches()
-        taken = timed("prune", folder, plan, "-o", out, "-q")
-        pruned.append(taken["seconds"])
-        peak = max(peak, taken["peak_bytes"])
-        copies.append(copied(out)["seconds"])
+        steps: dict[str, Callable[[], dict[str, float]]] = {
+            "prune": lambda: timed("prune", folder, plan, "-o", out, "-q"),
+            "cp": lambda: copied(out),
+            "verify": lambda: timed("verify", out, "--source", folder, "-q"),
+            "read": lambda: read_in_turn(out, folder),
+        }
+        for name, step in steps.items():
+            hold_memory(folder, out)
+            cold = drop_caches()
+            taken = step()
+            seconds[name].append(taken["seconds"])
+            if name in peaks:
+                peaks[name] = max(peaks[name], taken["peak_bytes"])
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    uncounted, pruned, copies = pruned[0] / copies[0], pruned[1:], copies[1:]
-    ratios = [mine / theirs for mine, theirs in zip(pruned, copies, strict=True)]
-    figures = {
-        "written_bytes": written,
-        "cold": drop_caches(),
-        "uncounted": uncounted,
-        "prune": pruned,
-        "cp": copies,
-        "peak_bytes": peak,
-    }
-    print(
-        f"{written / 1e9:.1f} GB: prune {', '.join(f'{seconds:.1f}' for seconds in pruned)} s, "
-        f"cp and sync {', '.join(f'{seconds:.1f}' for seconds in copies)} s: {min(ratios):.2f} to {max(ratios):.2f} times, "
-        f"in the round before {uncounted:.2f}; "
-        f"{peak / 1e6:.0f} MB of memory"
-    )
+    figures: dict[str, Any] = {"written_bytes": written, "cold": cold, "seconds": seconds, "peak_bytes": peaks}
+    for mine, theirs, what in (("prune", "cp", "cp and sync"), ("verify", "read", "reading the same bytes in turn")):
+        pairs = zip(seconds[mine], seconds[theirs], strict=True)
+        uncounted, *ratios = figures[f"{mine} / {theirs}"] = [one / other for one, other in pairs]
+        print(
+            f"{written / 1e9:.1f} GB: {mine} {', '.join(f'{value:.1f}' for value in seconds[mine][1:])} s, "
+            f"{what} {', '.join(f'{value:.1f}' for value in seconds[theirs][1:])} s: "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times, in the round before {uncounted:.2f}; "
+            f"{peaks[mine] / 1e6:.0f} MB of memory"
+        )
     if report is not None:
         report.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def hold_memory(*folders: Path) -> None:
+    """Fill the page cache, so that what is timed next, once it is dropped, finds as much memory as what was timed before.
+
+    A virtual machine may give memory that is free for some seconds back to its host, and takes 2 or 3 times as long over each page that it
+    then uses again.
+    """
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+
+
+def read_in_turn(out: Path, folder: Path) -> dict[str, float]:
+    """The output's files one after the other, then as many bytes of the source's: what `verify` has to read at least."""
+    left = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    begun = time.perf_counter()
+    for path in sorted(out.glob("*.safetensors")):
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+    for path in sorted(folder.glob("*.safetensors")):
+        count = f"count={min(left, path.stat().st_size)}"
+        subprocess.run(
+            ["dd", f"if={path}", "of=/dev/null", "bs=1M", "iflag=count_bytes", count, "status=none"], check=True
+        )
+        left -= min(left, path.stat().st_size)
+    return {"seconds": time.perf_counter() - begun}
 
 
 def inside(folder: Path) -> dict[str, Any]:
