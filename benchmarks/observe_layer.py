@@ -2,8 +2,13 @@
 
 Makes one decoder layer of MiniMax-M2's real shape with random bf16 weights on a GPU, checks each way of running it against float64 on
 fresh random inputs, and times them in turn on the same tokens: transformers' own forward through `grouped_mm`, the plain experts function
-with its sums, the fused one with its sums, and, where it is installed, llm-compressor's REAP observer. Prints tokens per second, the
-share of the floor, and ratios; exits with 1 where the observed forward is slower than transformers' bare one.
+with its sums, the fused one with its sums, and, last and where it is installed, llm-compressor's REAP modifier. Prints tokens per second,
+the share of the floor, and ratios; exits with 1 where the observed forward is slower than transformers' bare one, or where
+llm-compressor's mean saliencies are not ours.
+
+llm-compressor's own functions turn the layer's experts into one module each and hook its modifier to them, as its `oneshot` does, with and
+without its flag to run every expert on every token, one document at once and all. Only the observed forward is timed: its pipeline also
+moves activations to the host, forces eager attention and runs the layer a second time, none of which is done here.
 
 The floor: 0.31 GFLOP a token (8 experts and attention's projections, two a weight) at the measured rate of a grouped product.
 
@@ -13,11 +18,13 @@ The floor: 0.31 GFLOP a token (8 experts and attention's projections, two a weig
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics as stats
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +50,8 @@ FLOPS_PER_TOKEN = 2 * (
     3 * TOP_K * HIDDEN * INNER + HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + HIDDEN * NUM_EXPERTS
 )
 NUM_DOMAINS = 4
+# Near-ties in the router move some pairs in a thousand to another expert, and with them its mean.
+MAX_DIFFERENCE = 0.01
 
 
 def main() -> int:
@@ -57,7 +66,8 @@ def main() -> int:
         print("this needs a GPU")
         return 2
     device = torch.device("cuda", 0)
-    layer, rotary, experts_config = make_layer(device)
+    model, rotary, experts_config = make_layer(device)
+    layer = model.model.layers[0]
     batch = make_batch(arguments.documents, arguments.length)
     hidden = [torch.randn(arguments.documents, arguments.length, HIDDEN, device=device).bfloat16() for _ in range(2)]
     positions = torch.arange(arguments.length, device=device)[None]
@@ -90,20 +100,43 @@ def main() -> int:
             with running_as(layer, experts_config, device, batch, implementation, is_fused, is_observed):
                 rates[name].append(tokens / seconds(forward, hidden, arguments.repeats))
     print(f"{'':42} {'tokens/s':>10} {'of the floor':>13} {'spread':>8}")
-    for name, (first, second) in rates.items():
-        mean = (first + second) / 2
-        print(f"{name:42} {mean / 1e6:>9.3f}M {mean / floor:>12.1%} {abs(first - second) / mean:>8.1%}")
+    show(rates, floor)
     figures["tokens_per_second"] = rates
     if arguments.profile:
         with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True):
             profile(forward, hidden[0])
+    is_same = True
+    if importlib.util.find_spec("llmcompressor"):
+        with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True) as routed:
+            forward(hidden[0])
+            routed.require_finite(0)
+        theirs, differences = llm_compressor(model, forward, hidden[0], routed.totals()[0])
+        show(theirs, floor)
+        ratio = sum(rates["fused, observed"]) / sum(next(iter(theirs.values())))
+        print(f"fused, observed, is {ratio:.1f} times as fast as {next(iter(theirs))}, the default of oneshot")
+        print(f"mean saliencies, llm-compressor against fused: {differences}")
+        rates |= theirs
+        figures["llm_compressor"] = {
+            "version": version("llmcompressor"), "default": next(iter(theirs)), "saliency_against_fused": differences,
+        }  # fmt: skip
+        is_same = all(found["greatest relative difference"] < MAX_DIFFERENCE for found in differences.values())
+    else:
+        print("llm-compressor is not installed, so it was not timed")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0 if sum(rates["fused, observed"]) >= sum(rates["transformers, grouped_mm, not observed"]) else 1
+    is_fast = sum(rates["fused, observed"]) >= sum(rates["transformers, grouped_mm, not observed"])
+    return 0 if is_fast and is_same else 1
+
+
+def show(rates: dict[str, list[float]], floor: float) -> None:
+    for name, (first, second) in rates.items():
+        mean = (first + second) / 2
+        print(f"{name:42} {mean / 1e6:>9.3f}M {mean / floor:>12.1%} {abs(first - second) / mean:>8.1%}")
 
 
 def make_layer(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any, Any]:
-    """A decoder layer with random weights of a plausible size, its rotary embedding, and the config that names its experts function."""
+    """A model on the meta device but for its one decoder layer, which has random weights of a plausible size; its rotary embedding; and
+    the config that names its experts function."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -124,7 +157,7 @@ def make_layer(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tup
     layer.mlp.gate.weight = torch.nn.Parameter(layer.mlp.gate.weight.float(), requires_grad=False)
     layer.mlp.e_score_correction_bias = layer.mlp.e_score_correction_bias.float()
     rotary = type(model.model.rotary_emb)(config).to(device)
-    return layer, rotary, layer.mlp.experts.config if hasattr(layer.mlp.experts, "config") else config
+    return model, rotary, layer.mlp.experts.config if hasattr(layer.mlp.experts, "config") else config
 
 
 def make_batch(documents: int, length: int) -> CalibrationBatch:
@@ -165,6 +198,57 @@ def running_as(
         running.observe = running.kernels = None
         for module in layer.modules():
             module.__dict__.pop("forward", None)
+
+
+def llm_compressor(
+    model: Any, forward: Callable[[Tensor], Tensor], hidden: Tensor, ours: LayerStatistics
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Tokens per second of llm-compressor's observed forward, its default first, and how far its mean saliencies are from `ours`.
+
+    The layer's experts stay as llm-compressor leaves them, so nothing else can be timed on it afterwards.
+
+    Args:
+        hidden: [documents, length, hidden size].
+        ours: what we observed on the same tokens.
+    """
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.core import Event, EventType, State
+    from llmcompressor.modeling.moe.context import moe_calibration_context
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+    from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
+
+    with hidden.device:
+        linearize_moe(model)
+    default = DatasetArguments.moe_calibrate_all_experts
+    count_E = ours.count_SE.sum(0)
+    saliency_E = ours.gated_norm_SE.sum(0) / count_E.clip(1)
+    rates: dict[str, list[float]] = {}
+    differences = {}
+    for _ in range(2):
+        for at_once in (DatasetArguments.batch_size, len(hidden)):
+            for is_for_all in (default, not default):
+                name = f"llm-compressor, {'all' if is_for_all else 'routed'} experts, {at_once} at once"
+                state, modifier = State(model=model), REAPPruningModifier(sparsity=0.5)
+                modifier.initialize(state)
+
+                def observed(inputs: Tensor, at_once: int = at_once) -> Tensor:
+                    return torch.cat([forward(part) for part in inputs.split(at_once)])
+
+                with torch.no_grad(), moe_calibration_context() if is_for_all else nullcontext():
+                    modifier.update_event(state, Event(type_=EventType.CALIBRATION_START))
+                    (tracker,) = modifier._saliency_trackers.values()
+                    observed(hidden)
+                    theirs_E = tracker.mean_saliency.numpy()
+                    moved = np.abs(tracker.count.cpu().numpy() - count_E).sum() / 2
+                    rate = hidden.shape[:2].numel() / seconds(observed, [hidden], 3)
+                    modifier.update_event(state, Event(type_=EventType.CALIBRATION_END))
+                rates.setdefault(name, []).append(rate)
+                differences[name] = {
+                    "greatest relative difference": float(np.abs(theirs_E / saliency_E - 1).max()),
+                    "median relative difference": float(np.median(np.abs(theirs_E / saliency_E - 1))),
+                    "pairs that went to another expert": float(moved / count_E.sum()),
+                }
+    return rates, differences
 
 
 def seconds(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], repeats: int) -> float:
