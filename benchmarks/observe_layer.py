@@ -225,7 +225,7 @@ def llm_compressor(
     rates: dict[str, list[float]] = {}
     differences = {}
     for _ in range(2):
-        for at_once in (DatasetArguments.batch_size, len(hidden)):
+        for at_once in dict.fromkeys((DatasetArguments.batch_size, len(hidden))):
             for is_for_all in (default, not default):
                 name = f"llm-compressor, {'all' if is_for_all else 'routed'} experts, {at_once} at once"
                 state, modifier = State(model=model), REAPPruningModifier(sparsity=0.5)
