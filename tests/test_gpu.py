@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,68 @@ def test_combining_equals_a_sum_in_float64(dtype: torch.dtype, width: int) -> No
     assert torch.allclose(norm_P.double(), out_PD.double().norm(dim=-1), rtol=1e-6)
 
 
+def in_fp8(values_MN: Tensor) -> Tensor:
+    """Rounded to FP8 (E4M3) with a scale for each 128 values of a row, and back: what `kernels.quantize` should make of them."""
+    groups = values_MN.float().unflatten(1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    return ((groups / scale).to(torch.float8_e4m3fn).double() * scale.double()).flatten(1)
+
+
+def weights_in_fp8(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [E, O, D], the scales of their blocks of 128 x 128, and the values that both stand for, in float64."""
+    weight = torch.randn(*shape, device="cuda").mul(60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = (torch.rand(shape[0], shape[1] // 128, shape[2] // 128, device="cuda") + 0.5) / 1000
+    return weight, scale, weight.double() * scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+def test_what_is_not_finite_is_found_wherever_it_lies(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 70, 1003, device="cuda").mul(3).to(dtype)
+    assert not kernels.find_odd(values).any()
+    for place, odd in ((0, "nan"), (-1, "-inf")):
+        if dtype == torch.float8_e4m3fn:  # which has no infinity
+            odd = "nan"
+        changed = values.clone()
+        changed[3].view(-1)[place] = float(odd)
+        assert kernels.find_odd(changed).tolist() == [number == 3 for number in range(5)]
+
+
+@pytest.mark.parametrize("width", [128, 384, 6144])
+def test_rounding_to_fp8_gives_each_128_values_of_a_row_a_scale_of_their_own(width: int) -> None:
+    values = (torch.randn(33, width, device="cuda") * torch.logspace(-6, 6, 33, device="cuda")[:, None]).bfloat16()
+    values[3] = 0
+    token_P = torch.randint(33, (57,), device="cuda")
+    for taken in (None, token_P):
+        fp8, scale = kernels.quantize(values, taken)
+        wanted = in_fp8(values if taken is None else values[taken])
+        back = fp8.double() * scale.T.double().repeat_interleave(128, 1)
+        assert torch.allclose(back, wanted, rtol=0.07, atol=1e-12)
+        # But for values in the middle between two that FP8 has, which a last bit of the division decides.
+        assert ((back - wanted).abs() > 1e-6 * wanted.abs()).double().mean() < 2e-3
+
+
+@pytest.mark.parametrize(("hidden", "inner", "experts"), [(256, 128, 48), (512, 384, 5)])
+def test_experts_in_fp8_equal_a_product_in_float64_of_the_same_rounded_values(
+    hidden: int, inner: int, experts: int
+) -> None:
+    gate_up, gate_up_scale, wide_gate_up = weights_in_fp8(experts, 2 * inner, hidden)
+    down, down_scale, wide_down = weights_in_fp8(experts, hidden, inner)
+    hidden_ND = torch.randn(517, hidden, device="cuda").bfloat16()
+    expert_P, order_P, _ = routed_pairs(517, experts - 1, 4)  # the last one gets none
+    token_P = order_P // 4
+    ours_PD = kernels.experts_fp8(hidden_ND, token_P, expert_P, gate_up, gate_up_scale, down, down_scale)
+    alone_PD = kernels.experts_fp8(hidden_ND[token_P], None, expert_P, gate_up, gate_up_scale, down, down_scale)
+    assert torch.equal(ours_PD, alone_PD)
+    inner_P = torch.einsum("pd,pod->po", in_fp8(hidden_ND)[token_P], wide_gate_up[expert_P])
+    gate, up = inner_P.chunk(2, 1)
+    wanted_PD = torch.einsum("pi,pdi->pd", in_fp8((torch.nn.functional.silu(gate) * up).float()), wide_down[expert_P])
+    assert not ours_PD.isnan().any()
+    error_P = (ours_PD.double() - wanted_PD).norm(dim=-1) / wanted_PD.norm(dim=-1)
+    print(json.dumps({"mean": float(error_P.mean()), "max": float(error_P.max())}))
+    # A rounding to bfloat16, and values that fall to another of FP8's in between: a step of 6 % at most. A wrong row or scale errs by 1.
+    assert error_P.max() < 0.06 and error_P.mean() < 0.02
+
+
 def test_adding_pairs_equals_the_plain_sums_twice_to_the_same_bits() -> None:
     rows, experts = 8, 16
     expert_P, order_P, gate_P = routed_pairs(5000, experts, 4)
@@ -177,6 +241,35 @@ def test_bfloat16_on_a_gpu_keeps_the_same_experts_but_for_near_ties() -> None:
         for expert in set(kept[0][layer]) ^ set(kept[1][layer]):
             print(json.dumps({"layer": layer, "expert": expert, "distance": abs(score_E[expert] / border - 1)}))
             assert abs(score_E[expert] / border - 1) < 0.03
+
+
+def test_experts_left_in_fp8_give_the_saliencies_of_bfloat16_within_its_rounding_and_half_of_the_memory() -> None:
+    checkpoint = Checkpoint.open(M2_NANO)
+    models = [
+        StreamedModel(checkpoint, resolve(checkpoint, ARCHITECTURES), device=torch.device("cuda:0"), dtype=torch.bfloat16, fp8=is_fp8)
+        for is_fp8 in (False, True)
+    ]  # fmt: skip
+    assert models[1].layer_nbytes < 0.6 * models[0].layer_nbytes
+    rounded, fp8 = (nano_sums(device="cuda", dtype=dtype) for dtype in ("bfloat16", "float8"))
+    assert fp8.settings["dtype"] == "float8"
+    for index, layer in rounded.layers.items():
+        saliency = [layer.gated_norm_SE.sum(0) / layer.count_SE.sum(0).clip(1)]
+        other = fp8.layers[index]
+        saliency.append(other.gated_norm_SE.sum(0) / other.count_SE.sum(0).clip(1))
+        assert np.corrcoef(*saliency)[0, 1] > 0.999
+        assert abs(saliency[1].sum() / saliency[0].sum() - 1) < 0.01
+
+
+def test_a_nan_among_weights_left_in_fp8_is_named(tmp_path: Path) -> None:
+    shutil.copytree(M2_NANO, tmp_path / "model")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    name = next(name for name in checkpoint.tensors if ".layers.2." in name and name.endswith("experts.7.w2.weight"))
+    info = checkpoint.tensors[name]
+    with (tmp_path / "model" / info.file).open("r+b") as stream:
+        stream.seek(info.start + 100)
+        stream.write(b"\xff")
+    with pytest.raises(DataError, match=re.escape(f"{name!r} in {info.file} holds NaN or infinity: 1 of")):
+        observe(tmp_path / "model", [str(M2_NANO / "data/calibration.jsonl")], run=Run(device="cuda", dtype="float8"))
 
 
 def test_sums_are_the_same_to_the_bit_when_activations_are_kept_on_the_host_and_in_every_run() -> None:

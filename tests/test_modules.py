@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,18 @@ import torch
 from greenlet import greenlet
 
 import tiny
+from reapkit import modules
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
-from reapkit.errors import CheckpointError
+from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.formats import dequantize_blocks
+from reapkit.layout import resolve
 from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
 from reapkit.quantization import Format
 from reapkit.tensors import TensorInfo
 from streaming import full_logits, full_model, streamed_logits, streamed_model, token_batches, with_tensors
 
+M2_NANO = Path(__file__).parents[1] / "models/m2-nano"
 ROUTERS = ("gate.weight", "e_score_correction_bias")
 
 
@@ -264,3 +269,94 @@ def test_a_checkpoint_without_a_readable_tokenizer_says_so(m2: Path, tmp_path: P
     (tmp_path / "m2/tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded: "):
         load_tokenizer(Checkpoint.open(tmp_path / "m2"))
+
+
+# ---- experts left in FP8, with a stand-in for the kernels, which need a GPU
+
+
+def exact_experts(*, sees: list[torch.Size]) -> SimpleNamespace:
+    """What the fused kernels do for experts in FP8, in plain torch, and without rounding inputs."""
+
+    def experts_fp8(
+        hidden_ND: Any,
+        token_P: Any,
+        expert_P: Any,
+        gate_up_E: Any,
+        gate_up_scale_E: Any,
+        down_E: Any,
+        down_scale_E: Any,
+    ) -> torch.Tensor:
+        assert (gate_up_E.dtype, down_E.dtype) == (torch.float8_e4m3fn,) * 2
+        sees.append(gate_up_E.shape)
+        outs = []
+        for token, expert in zip(token_P, expert_P, strict=True):
+            gate_up, down = (
+                dequantize_blocks(weight_E[expert], scale_E[expert], block=(128, 128), dtype=torch.float32)
+                for weight_E, scale_E in ((gate_up_E, gate_up_scale_E), (down_E, down_scale_E))
+            )
+            gate, up = (gate_up @ hidden_ND[token].float()).chunk(2)
+            outs.append(down @ (torch.nn.functional.silu(gate) * up))
+        return torch.stack(outs)
+
+    def combine(
+        out_PD: Any, gate_P: Any, order_P: Any, *, top_k: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weighted = torch.empty_like(out_PD)
+        weighted[order_P] = out_PD * gate_P.unsqueeze(-1)
+        return weighted.view(-1, top_k, out_PD.shape[-1]).sum(1).to(dtype), out_PD.norm(dim=-1)
+
+    def find_odd(values: Any) -> torch.Tensor:
+        return ~values.float().flatten(1).isfinite().all(1)
+
+    return SimpleNamespace(experts_fp8=experts_fp8, combine=combine, find_odd=find_odd)
+
+
+@pytest.fixture
+def with_fp8(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Makes a CPU one that computes products in FP8; the shapes of the weights that its kernels were given."""
+    sees: list[torch.Size] = []
+    monkeypatch.setattr(modules, "fused_kernels", lambda device: exact_experts(sees=sees))
+    monkeypatch.setattr(modules, "fuse", lambda module, kernels: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return sees
+
+
+def fp8_model(folder: Path, *, fp8: bool = True) -> StreamedModel:
+    checkpoint = Checkpoint.open(folder)
+    layout = resolve(checkpoint, ARCHITECTURES)
+    return StreamedModel(checkpoint, layout, device=torch.device("cpu"), dtype=torch.float32, plain=not fp8, fp8=fp8)
+
+
+def test_experts_left_in_fp8_are_the_dequantised_ones_each_with_its_own_scales(with_fp8: list[torch.Size]) -> None:
+    inputs = token_batches()[2:]
+    ours = streamed_logits(fp8_model(M2_NANO), inputs)
+    assert {tuple(shape) for shape in with_fp8} == {(48, 256, 256)}
+    for logits, expected in zip(ours, streamed_logits(fp8_model(M2_NANO, fp8=False), inputs), strict=True):
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_scale_of_zero_among_experts_left_in_fp8_is_none_to_divide_by(
+    with_fp8: list[torch.Size], tmp_path: Path
+) -> None:
+    def no_scale(tensors: dict[str, torch.Tensor]) -> None:
+        part, whole = (f"model.layers.0.block_sparse_moe.experts.{number}.w1.weight_scale_inv" for number in (3, 4))
+        tensors[part][0, 0] = 0
+        tensors[whole][:] = 0
+
+    model = fp8_model(with_tensors(M2_NANO, tmp_path / "model", no_scale))
+    layer = model.fetch(0)
+    name = next(name for name in layer if name.endswith("gate_up_proj_scale"))
+    scale_EBG = layer[name]
+    assert 0 < scale_EBG[3, 0, 0] <= 1e-6 * scale_EBG[3, 0, 1]
+    assert scale_EBG[4, 0].tolist() == [pytest.approx(1e-30)] * 2
+
+
+@pytest.mark.parametrize(
+    ("which", "message"), [("m2-bf16", "is not stored in FP8"), ("m2-fp8", "are not computed in FP8")]
+)
+def test_experts_that_cannot_be_left_in_fp8_are_refused(
+    checkpoints: dict[str, Path], with_fp8: list[torch.Size], which: str, message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        fp8_model(checkpoints[which])
+    assert caught.value.hint == "--dtype bfloat16"

@@ -530,6 +530,13 @@ def test_a_budget_below_one_micro_batch_names_the_one_that_works() -> None:
     assert caught.value.hint is not None and "--activation-budget 50" in caught.value.hint
 
 
+def test_experts_are_not_left_in_fp8_where_nothing_computes_in_it() -> None:
+    with pytest.raises(UnsupportedError, match="cpu computes no products in FP8") as caught:
+        model = Path(__file__).parents[1] / "models/m2-nano"
+        observe(model, [str(model / "data/calibration.jsonl")], run=Run(device="cpu", dtype="float8"))
+    assert caught.value.hint == "--dtype bfloat16"
+
+
 def test_defaults_fit_the_machine() -> None:
     device, dtype = Run().resolve()
     assert (device.type, dtype) in {("cpu", torch.float32), ("cuda", torch.bfloat16)}
@@ -544,6 +551,7 @@ def test_defaults_fit_the_machine() -> None:
         (Run(device="cuda:99"), "there is no device 'cuda:99': torch sees", "--device cpu"),
         (Run(device="cpu", dtype="bf16"), "cannot compute in 'bf16'", "bfloat16"),
         (Run(device="cpu", dtype="int8"), "cannot compute in 'int8'", ""),
+        (Run(device="cpu", dtype="float8"), "only observing computes in float8", "--dtype bfloat16"),
     ],
 )
 def test_a_device_or_dtype_that_is_not_there_is_named(run: Run, message: str, hint: str) -> None:

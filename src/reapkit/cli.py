@@ -85,7 +85,10 @@ DivisibleBy = Annotated[
 CriterionOption = Annotated[str, typer.Option(metavar="C", help="how experts are scored; see reapkit list criteria")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default")]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="dtype of the computation; bfloat16 on a GPU and float32 on a CPU by default")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16, or to observe float8; bfloat16 on a GPU and float32 on a CPU by default"
+    ),
 ]
 Budget = Annotated[
     str | None,

@@ -4,7 +4,8 @@ transformers has a registry of experts functions, which most families go through
 the chosen experts and the final coefficients. `observed_experts` is one more of them. Families that do not use the registry are brought
 to the same function by the small adapters at the end.
 
-What is written here in torch is the reference; forwards that run with `kernels` take the same steps with fewer passes over memory.
+What is written here in torch is the reference; forwards that run with `kernels` take the same steps with fewer passes over memory. Only
+products in FP8 have no other way than `kernels`: their reference is in the tests.
 
 Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
 E = experts, Z = zero experts, D = hidden size, I = inner size of an expert.
@@ -22,7 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reapkit.quantization import FP8_BLOCK
+
 EXPERTS_NAME = "reapkit"
+# Experts' weights whose products may be computed in FP8.
+FP8_PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,15 @@ def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: T
         [N, D] in the input's dtype.
     """
 
-    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+    def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
+        if is_fp8(self):
+            assert running.kernels is not None
+            result: Tensor = running.kernels.experts_fp8(
+                hidden_ND, token_P, expert_P, self.gate_up_proj, self.gate_up_proj_scale, self.down_proj, self.down_proj_scale
+            )  # fmt: skip
+            return result
+        hidden_PD = _gathered(hidden_ND, token_P)
+
         def project(inputs: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
             weight_E = getattr(self, name)
@@ -100,7 +113,7 @@ def _routed(
     hidden_ND: Tensor,
     expert_NK: Tensor,
     gate_NK: Tensor,
-    compute: Callable[[Tensor, Tensor], Tensor],
+    compute: Callable[[Tensor, Tensor | None, Tensor], Tensor],
     *,
     num_observed: int | None = None,
     scale_inputs: bool = False,
@@ -109,7 +122,8 @@ def _routed(
 
     Args:
         hidden_ND, expert_NK, gate_NK: as in `observed_experts`.
-        compute: from inputs [P, D] and experts [P], sorted by expert, to outputs [P, D].
+        compute: from inputs [N, D], the places among them and the experts of pairs, [P], sorted by expert, to outputs [P, D]; without
+            places the inputs are the pairs' own, [P, D].
         num_observed: pairs of experts from this number on are not shown to the observer; None shows all.
         scale_inputs: multiply the experts' inputs with the coefficients, and not their outputs.
     """
@@ -117,10 +131,11 @@ def _routed(
     expert_P, order_P = torch.sort(expert_NK.reshape(-1), stable=True)
     token_P = order_P // top_k
     gate_P = gate_NK.reshape(-1)[order_P]
-    hidden_PD = hidden_ND[token_P] if running.kernels is None else running.kernels.gather(hidden_ND, token_P)
     if scale_inputs:
-        hidden_PD, gate_P = hidden_PD * gate_P.unsqueeze(-1), torch.ones_like(gate_P)
-    out_PD = compute(hidden_PD, expert_P)
+        out_PD = compute(_gathered(hidden_ND, token_P) * gate_P.unsqueeze(-1), None, expert_P)
+        gate_P = torch.ones_like(gate_P)
+    else:
+        out_PD = compute(hidden_ND, token_P, expert_P)
     out_ND, norm_P = _combine(out_PD, gate_P, order_P, top_k=top_k, dtype=hidden_ND.dtype)
     if running.observe is not None:
         shown = slice(None) if num_observed is None else slice(int((expert_P < num_observed).sum()))
@@ -133,10 +148,20 @@ def _routed(
                 norm_P[shown],
                 expert_NK,
                 gate_NK,
-                lambda places_P, experts_P: compute(hidden_ND[places_P], experts_P),
+                partial(compute, hidden_ND),
             )
         )
     return out_ND
+
+
+def _gathered(hidden_ND: Tensor, token_P: Tensor | None) -> Tensor:
+    """The inputs of the pairs, [P, D]."""
+    if token_P is None:
+        return hidden_ND
+    if running.kernels is None:
+        return hidden_ND[token_P]
+    result: Tensor = running.kernels.gather(hidden_ND, token_P)
+    return result
 
 
 def _combine(
@@ -166,6 +191,42 @@ def _is_swiglu(experts: Any) -> bool:
         and type(experts)._apply_gate is _default_apply_gate
         and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
     )
+
+
+def is_fp8(experts: Any) -> bool:
+    """Whether `keep_fp8` was called on experts."""
+    return hasattr(experts, "gate_up_proj_scale")
+
+
+def scale_of(name: str) -> str:
+    """The name of the scales of experts' weights in FP8."""
+    return f"{name}_scale"
+
+
+def keep_fp8(experts: Any) -> bool:
+    """Give experts on the meta device homes for weights in FP8 (E4M3) and for a float32 scale of each 128 x 128 of them; whether they can.
+
+    They can where they are SwiGLU without biases on weights [E, out, in], with inner sizes in 128s and hidden ones in 256s.
+    """
+    projections = [getattr(experts, name, None) for name in FP8_PROJECTIONS]
+    if (
+        any(
+            weight is None or weight.shape[1] % (2 * FP8_BLOCK) or weight.shape[2] % FP8_BLOCK for weight in projections
+        )
+        or "forward" in vars(experts)  # an adapter's
+        or experts.has_bias
+        or experts.is_transposed
+        or getattr(experts, "has_post_expert_norm", False)
+        or not _is_swiglu(experts)
+    ):
+        return False
+    for name in FP8_PROJECTIONS:
+        count, rows, columns = getattr(experts, name).shape
+        weight = torch.empty(count, rows, columns, dtype=torch.float8_e4m3fn, device="meta")
+        scale = torch.empty(count, rows // FP8_BLOCK, columns // FP8_BLOCK, device="meta")
+        setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+        setattr(experts, scale_of(name), nn.Parameter(scale, requires_grad=False))
+    return True
 
 
 def _grouped_linear(
@@ -211,7 +272,8 @@ def _adapt_longcat(experts: Any) -> None:
     shape = (num_experts, *experts.gate_up_proj.shape[1:])
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(shape), requires_grad=False)
 
-    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+    def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
+        hidden_PD = _gathered(hidden_ND, token_P)
         real = int((expert_P < num_experts).sum())
         gate_up = _grouped_linear(hidden_PD[:real], experts.gate_up_proj, expert_P[:real])
         gate, up = gate_up.chunk(2, dim=-1)
@@ -227,7 +289,8 @@ def _adapt_dbrx(experts: Any) -> None:
     """DBRX: one matrix [E x I, D] per projection, the experts' rows one after the other."""
     experts.has_gate = True
 
-    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+    def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
+        hidden_PD = _gathered(hidden_ND, token_P)
         glu = experts.mlp
         w1, v1, w2 = (weight.view(experts.num_experts, -1, experts.hidden_size) for weight in (glu.w1, glu.v1, glu.w2))
         gate, up = _grouped_linear(hidden_PD, w1, expert_P), _grouped_linear(hidden_PD, v1, expert_P)
@@ -248,7 +311,8 @@ def _adapt_llama4(block: Any) -> None:
     experts = block.experts
     experts.has_gate = True
 
-    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+    def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
+        hidden_PD = _gathered(hidden_ND, token_P)
         gate, up = _grouped_linear(hidden_PD, experts.gate_up_proj, expert_P, is_transposed=True).chunk(2, dim=-1)
         return _grouped_linear(up * experts.act_fn(gate), experts.down_proj, expert_P, is_transposed=True)
 

@@ -34,16 +34,30 @@ from reapkit.activations import Place, Spill, is_spillable
 from reapkit.calibration import Images
 from reapkit.checkpoint import Checkpoint, read_config, read_small, require_plain_files
 from reapkit.errors import CheckpointError, DataError, ReapkitError, UnsupportedError, is_failure, reason_of
-from reapkit.experts import EXPERTS_NAME, RoutedObserver, adapt, experts_of, observed_experts, running
+from reapkit.experts import (
+    EXPERTS_NAME,
+    RoutedObserver,
+    adapt,
+    experts_of,
+    keep_fp8,
+    observed_experts,
+    running,
+    scale_of,
+)
 from reapkit.formats import as_factors, decode, read_tensor
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
-from reapkit.quantization import HINT, Format, read_format
+from reapkit.quantization import FP8_BLOCK, HINT, Format, read_format
 from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
 
 # Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels.
 _READERS = 4
+# Compute capability from which products are computed in FP8 (Hopper), what their weights must be, and what of an expert's
+# largest scale its others must be at least, and all of them.
+_FP8_CAPABILITY = (9, 0)
+_FP8_WEIGHTS = ("F8_E4M3", "scaled", (FP8_BLOCK, FP8_BLOCK), 2)
+_SMALLEST_SHARE, _SMALLEST_SCALE = 1e-6, 1e-30
 _DAMAGED = "fetch the checkpoint again: its weights are damaged"
 # glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
@@ -79,12 +93,15 @@ class StreamedModel:
         dtype: dtype of the computation; router and selection bias keep float32 where they are stored so.
         trust_remote_code: run code that came with the checkpoint.
         plain: run without fused kernels on a GPU too.
+        fp8: leave experts in FP8 as they are stored, and compute their products in it.
 
     Attributes:
         kernels: the fused kernels, where they are used.
+        fp8: whether experts are left in FP8.
 
     Raises:
-        UnsupportedError: transformers has no such model, or it does not route through the registry of experts functions.
+        UnsupportedError: transformers has no such model, it does not route through the registry of experts functions, or experts cannot
+            be computed with in FP8 here.
     """
 
     def __init__(
@@ -96,6 +113,7 @@ class StreamedModel:
         dtype: torch.dtype,
         trust_remote_code: bool = False,
         plain: bool = False,
+        fp8: bool = False,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -124,6 +142,8 @@ class StreamedModel:
         head, embeddings = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         self._is_tied = head is not None and head.weight is embeddings.weight
         self._state_names = dict.fromkeys(self.module.state_dict())
+        self.fp8 = fp8
+        self._as_stored = self._keep_fp8() if fp8 else frozenset[str]()
         self._by_layer, outer = _split_by_layer(checkpoint, layout, len(self.layers))
         self._entry, self._exit = self._split_outer(outer)
         self.mtp = MtpLayers.build(self)
@@ -235,6 +255,36 @@ class StreamedModel:
         if self.mtp is not None:
             _to_meta(self.mtp.module)
 
+    def _keep_fp8(self) -> frozenset[str]:
+        """Prepare experts for weights in FP8; the names of these and of their scales in the model.
+
+        Raises:
+            UnsupportedError: the card, the checkpoint's format or the family's experts are not made for it.
+        """
+        if self.kernels is None or torch.cuda.get_device_capability(self.device) < _FP8_CAPABILITY:
+            raise UnsupportedError(f"{self.device} computes no products in FP8", hint="--dtype bfloat16")
+        weights = [self.checkpoint.tensors[name] for name in self.layout.expert_of if not self.layout.is_mtp(name)]
+        for info in weights:
+            if self.format.is_companion(info.name):
+                continue
+            recipe = self.format.recipe(info, self.checkpoint.tensors)
+            if recipe is None or (info.dtype, recipe.scheme, recipe.block, len(recipe.shape)) != _FP8_WEIGHTS:
+                raise UnsupportedError(
+                    f"{info.name!r} is not stored in FP8 (E4M3) with a scale for each {FP8_BLOCK} x {FP8_BLOCK} values, so its products "
+                    "are not computed in FP8",
+                    hint="--dtype bfloat16",
+                )
+        for layer in self.layers:
+            experts = experts_of(layer)
+            if experts is not None and not keep_fp8(experts):
+                raise UnsupportedError(
+                    f"experts of {type(experts).__name__} are not computed in FP8", hint="--dtype bfloat16"
+                )
+        weights_in_memory = [
+            name for name, value in self.module.named_parameters() if value.dtype == torch.float8_e4m3fn
+        ]
+        return frozenset((*weights_in_memory, *map(scale_of, weights_in_memory)))
+
     def _decode(self, infos: Sequence[TensorInfo], stacks: Mapping[str, _Slice] | None = None) -> dict[str, Tensor]:
         """Values by name once dequantised. For a GPU several threads read, and what they read is copied and computed with beside the
         layer that runs; all of it is done on return.
@@ -243,9 +293,15 @@ class StreamedModel:
             DataError: a value is NaN or infinite.
         """
         weights = [info for info in infos if not self.format.is_companion(info.name)]
-        targets = {place.target: self._empty(place.target) for place in (stacks or {}).values()}
+        names = dict.fromkeys(place.target for place in (stacks or {}).values())
+        if self.fp8:
+            names |= dict.fromkeys(map(scale_of, names))
+        targets = {name: self._empty(name) for name in names}
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
+            if self.fp8 and stacks is not None and info.name in stacks:
+                self._read_fp8(info, stacks[info.name], targets)
+                return None
             value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
             if stacks is None or (place := stacks.get(info.name)) is None:
                 return info.name, value
@@ -269,6 +325,21 @@ class StreamedModel:
         tensors = self.checkpoint.tensors
         return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}
 
+    def _read_fp8(self, info: TensorInfo, place: _Slice, targets: Mapping[str, Tensor]) -> None:
+        """Put an expert's bytes and its scales where they belong, as they are stored."""
+        recipe = self.format.recipe(info, self.checkpoint.tensors)
+        assert recipe is not None
+        is_pinned = self._copies is not None
+        stored = read_tensor(self.checkpoint, info, pinned=is_pinned)
+        scale = as_factors(read_tensor(self.checkpoint, recipe.scale)).view(recipe.grid[-2:])
+        # Kernels divide by scales. So small a part of the largest one is far below FP8's rounding.
+        floor = (scale.abs().max() * _SMALLEST_SHARE).clamp(min=_SMALLEST_SCALE)
+        scale = torch.where(scale.abs() < floor, floor, scale)
+        rows = place.rows
+        blocks = slice(rows.start // FP8_BLOCK, rows.stop // FP8_BLOCK)
+        targets[place.target][place.expert, rows].copy_(stored, non_blocking=is_pinned)
+        targets[scale_of(place.target)][place.expert, blocks].copy_(scale)
+
     def _require_finite(
         self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
     ) -> None:
@@ -278,16 +349,22 @@ class StreamedModel:
         """
         single = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
         extremes = [torch.stack(value.aminmax()).to(self.dtype).float() for value in single.values()]
-        stacked = {name: torch.stack(value.flatten(1).aminmax(dim=1)).float() for name, value in targets.items()}
-        ends = [*extremes, *(extreme.flatten() for extreme in stacked.values())]
-        if not ends or bool(torch.cat(ends).isfinite().all()):
+        odd_E = {target: self._odd_experts(target, targets) for target in {place.target for place in stacks.values()}}
+        odd = [*(~extreme.isfinite() for extreme in extremes), *odd_E.values()]
+        if not odd or not bool(torch.cat(odd).any()):
             return
         suspects = [name for name, extreme in zip(single, extremes, strict=True) if not extreme.isfinite().all()]
-        for name, place in stacks.items():
-            if not stacked[place.target][:, place.expert].isfinite().all():
-                suspects.append(name)
+        suspects += [name for name, place in stacks.items() if odd_E[place.target][place.expert]]
         for name in sorted(suspects):
             self._require_finite_values(self.checkpoint.tensors[name])
+
+    def _odd_experts(self, target: str, targets: Mapping[str, Tensor]) -> Tensor:
+        """Which of the experts in a tensor of all hold NaN or infinity, bool [E]; in FP8 their scales may, too."""
+        value_E = targets[target]
+        if self.kernels is None:
+            return ~torch.stack(value_E.flatten(1).aminmax(dim=1)).isfinite().all(0)
+        odd_E: Tensor = self.kernels.find_odd(value_E)
+        return odd_E | self.kernels.find_odd(targets[scale_of(target)]) if self.fp8 else odd_E
 
     def _require_finite_values(self, info: TensorInfo) -> None:
         """The same of one tensor, of which what is wrong is told: a scale, a value of its own, or one that the model's dtype has not."""
@@ -310,7 +387,7 @@ class StreamedModel:
         """What a tensor on disk becomes in the model, where some have a dtype of their own."""
         owner, leaf = self.owner_of(name), self.in_memory_name(name).rpartition(".")[2]
         value = getattr(owner, leaf, None)
-        return value.dtype if isinstance(value, Tensor) else self.dtype
+        return value.dtype if isinstance(value, Tensor) and value.dtype != torch.float8_e4m3fn else self.dtype
 
     def _empty(self, name: str) -> Tensor:
         """Memory for one of the model's tensors; for a GPU the copying stream's, which fills it."""
@@ -361,6 +438,9 @@ class StreamedModel:
             # Their memory may be used for the next layer only when this one has run.
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(self.device))
+        for name in self._as_stored & tensors.keys():  # which transformers would convert to the model's dtype
+            path, _, leaf = name.rpartition(".")
+            setattr(self.module.get_submodule(path), leaf, nn.Parameter(tensors.pop(name), requires_grad=False))
         mapping = self._conversions if conversions is None else conversions
         config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.dtype, weight_mapping=mapping)
         with _quiet_transformers():

@@ -47,7 +47,9 @@ from reapkit.statistics import NUM_FOLDS, CalibrationRecord, LayerStatistics, St
 from reapkit.sums import RoutedSums
 
 ACTIVATIONS = "suspended activations"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8 = "float8"
+# In FP8 the products of experts are computed, all else in bfloat16.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: torch.bfloat16}
 # Tokens that run through a layer at once. More fills a GPU better and costs memory for the routed pairs of one layer: 32,768 tokens of
 # MiniMax-M2 take 6 GB in bf16. Where two layers and that do not fit on a GPU, as many halves of it as do.
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 4_096}
@@ -85,7 +87,8 @@ class Run:
 
     Attributes:
         device: `cuda`, `cuda:1`, `cpu`; None takes a GPU where there is one.
-        dtype: `float32`, `bfloat16`, `float16`; None takes bfloat16 on a GPU and float32 on a CPU.
+        dtype: `float32`, `bfloat16`, `float16`, or `float8`: experts in FP8 as they are stored, with their inputs rounded to it, and all
+            else in bfloat16. None takes bfloat16 on a GPU and float32 on a CPU.
         activation_budget: bytes for suspended activations; None takes a share of the free memory.
         trust_remote_code: run code that comes with the checkpoint.
         place: where suspended activations are kept: `device`, `host` (pinned memory), `disk`; None takes the device, or the host where
@@ -102,8 +105,13 @@ class Run:
     plain: bool = False
     disk_budget: int | None = None
 
-    def resolve(self) -> tuple[torch.device, torch.dtype]:
-        """The device and the dtype.
+    @property
+    def fp8(self) -> bool:
+        """Whether experts' products are computed in FP8."""
+        return self.dtype == FP8
+
+    def resolve(self, *, observing: bool = False) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype; of `float8`, in which only observing computes, that of all else.
 
         Raises:
             UsageError: no such device or dtype.
@@ -127,6 +135,8 @@ class Run:
         dtype = self.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         if dtype not in DTYPES:
             raise UsageError(f"cannot compute in {dtype!r}", hint=did_you_mean(dtype, DTYPES))
+        if self.fp8 and not observing:
+            raise UsageError(f"only observing computes in {FP8}", hint="--dtype bfloat16")
         if self.place is not None and self.place not in PLACES:
             raise UsageError(f"activations cannot be kept on {self.place!r}", hint=did_you_mean(self.place, PLACES))
         if self.place == "host" and device.type == "cpu":
@@ -218,7 +228,7 @@ class Observation:
         until: Settled | None = None,
         progress: Progress = silent,
     ) -> None:
-        device, dtype = run.resolve()
+        device, dtype = run.resolve(observing=True)
         self.ranks = Ranks() if ranks is None else ranks
         self.checkpoint = (
             source if isinstance(source, Checkpoint) else Checkpoint.open(source, revision=revision, progress=progress)
@@ -234,12 +244,13 @@ class Observation:
             dtype=dtype,
             trust_remote_code=run.trust_remote_code,
             plain=run.plain,
+            fp8=run.fp8,
         )
         require_embeddings(self.data, self.model)
         self.seed = seed
         self.source = Identity.of(self.checkpoint, self.layout)
         self.settings: dict[str, Any] = {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": FP8 if run.fp8 else str(dtype).removeprefix("torch."),
             "max_length": max_length,
             "tokenizer": _tokenizer_fingerprint(tokenizer),
         }
@@ -804,15 +815,18 @@ def _batch_bytes(model: StreamedModel, tokens: int, *, length: int = 0) -> int:
 
     Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
     both halves of the inner activation with two products, four times the inner size. With fused kernels the input with both halves and
-    their product, and later with the output. Per token some ten hidden sizes for attention; in float32 on a GPU torch has no fused
-    attention for grouped heads, so the scores of documents of a `length` are held, twice.
+    their product, and later with the output; in FP8 the output, and that product in a byte each. Per token some ten hidden sizes for
+    attention; in float32 on a GPU torch has no fused attention for grouped heads, so the scores of documents of a `length` are held, twice.
     """
     experts = next(part for layer in model.layers if (part := experts_of(layer)) is not None)
     weights = sum(parameter.numel() for parameter in experts.parameters())
     hidden, top_k = model.hidden_size, model.layout.top_k
     # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
     inner = weights // model.layout.num_experts // hidden // (3 if experts.has_gate else 2)
-    pair = 4 * (hidden + inner) if model.kernels is None else max(hidden + 3 * inner, 2 * hidden + inner)
+    if model.fp8:
+        pair = hidden + inner // 2
+    else:
+        pair = 4 * (hidden + inner) if model.kernels is None else max(hidden + 3 * inner, 2 * hidden + inner)
     values = tokens * (top_k * pair + 10 * hidden)
     if model.device.type == "cuda" and model.dtype == torch.float32:
         values += 2 * tokens * length * model.num_heads

@@ -20,6 +20,8 @@ QUANT_CONFIG_NAME = "hf_quant_config.json"
 PLAIN_DTYPES = frozenset({"F16", "BF16", "F32"})
 # Bytes that are exponents: 2 to the power of (byte - 127).
 EXPONENT_DTYPES = frozenset({"U8", "F8_E8M0"})
+# Rows and columns of a weight that share a scale, where products are computed in FP8: as in the releases of MiniMax and DeepSeek.
+FP8_BLOCK = 128
 # Bits of a packed value where nothing says them, for counting only.
 ASSUMED_BITS = 4
 HINT = (
