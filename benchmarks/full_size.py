@@ -32,6 +32,8 @@ from reapkit.tensors import encode_header
 
 LENGTH, WORDS = 2048, 200_064
 FULL_LAYERS, FULL_TOKENS, FULL_BYTES = 62, 16_000_000, 230e9
+# What the activation budget holds on a card of 80 GB: a wave.
+WAVE_TOKENS = 3_800_000
 KEPT = 180 / 256
 
 
@@ -62,6 +64,8 @@ def main() -> int:
     step.add_argument(
         "--tokens", type=int, help="drawn at random, in place of the text, so that no time goes into tokenising"
     )
+    for name in ("chain", "fetch", "cap", "ranks"):
+        steps.choices[name].add_argument("--dtype", default="bfloat16", help="of the computation, or float8")
     arguments = vars(parser.parse_args())
     {"make": make, "chain": chain, "prune": prune, "fetch": fetch, "cap": cap, "ranks": ranks}[arguments.pop("step")](
         **arguments
@@ -124,36 +128,37 @@ def make(folder: Path, layers: int, tokens: int) -> None:
 # ---- from cold disk to verified output
 
 
-def chain(folder: Path, out: Path, report: Path | None) -> None:
-    figures: dict[str, Any] = {"cold": drop_caches(), "disk_bytes_per_second": disk_rate(folder)}
+def chain(folder: Path, out: Path, dtype: str, report: Path | None) -> None:
+    figures: dict[str, Any] = {"cold": drop_caches(), "disk_bytes_per_second": disk_rate(folder), "dtype": dtype}
     layers = read(folder / "config.json")["num_hidden_layers"]
     stats, plan = out.with_name(f"{out.name}.safetensors"), out.with_name(f"{out.name}.json")
     text = str(folder / "text.jsonl")
     commands = {
-        "observe": ["observe", folder, "--data", text, "-o", stats, "-q"],
-        "observe again, files cached": ["observe", folder, "--data", text, "-o", f"{stats}-again.safetensors", "-q"],
+        "observe": ["observe", folder, "--data", text, "--dtype", dtype, "-o", stats, "-q"],
         "plan": ["plan", stats, "--ratio", "0.30", "-o", plan, "-q"],
         "prune": ["prune", folder, plan, "-o", out, "-q"],
         "verify": ["verify", out, "--source", folder, "-q"],
     }
     for name, command in commands.items():
-        if "cached" not in name:
-            drop_caches()
+        drop_caches()
         figures[name] = timed(*command)
         print(
             f"{name:30} {figures[name]['seconds']:8.1f} s   {figures[name]['peak_bytes'] / 1e9:6.2f} GB of host memory"
         )
     figures["cp and sync"] = copied(out)
     print(f"{'cp and sync':30} {figures['cp and sync']['seconds']:8.1f} s")
-    figures["run"] = run = inside(folder)
+    drop_caches()
+    figures["run, cold"] = cold = inside(folder, dtype)
+    figures["run"] = run = inside(folder, dtype)
     source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures |= {"layers": layers, "source_bytes": source, "written_bytes": written}
     per_layer = run["tokens"] * layers / run["seconds"]
-    compute = FULL_TOKENS * FULL_LAYERS / per_layer
     share = FULL_BYTES / source
+    # What happens once a wave and what happens once a layer are told apart, since these few layers are a wave too short.
+    cold_wave = cold["first_layer_seconds"] + (FULL_LAYERS - 1) * cold["layer_seconds"]
     parts = {
-        "observe": compute + figures["observe"]["seconds"] - figures["observe again, files cached"]["seconds"],
+        "observe": FULL_TOKENS * cold["waves"] / cold["tokens"] * cold_wave,
         "prune": figures["prune"]["seconds"] * share,
         "verify": figures["verify"]["seconds"] * share,
     }
@@ -164,6 +169,12 @@ def chain(folder: Path, out: Path, report: Path | None) -> None:
     )
     print(f"{run['tokens']:,} tokens in {run['waves']} waves, {run['place']}: {run['seconds']:.1f} s with files cached, "
           f"{per_layer / 1e6:.3f}M tokens/s a layer; reading cold alone takes {run['read_bytes'] / rate:.1f} s")  # fmt: skip
+    print(f"the same cold: {cold['seconds']:.1f} s, {cold['first_layer_seconds']:.1f} s of them up to the end of the first layer, "
+          f"then {cold['layer_seconds']:.2f} s a layer; with files cached {run['layer_seconds']:.2f} s")  # fmt: skip
+    reading, computing = FULL_BYTES / rate, FULL_LAYERS * run["layer_seconds"]
+    figures["wave_against_larger"] = cold_wave / max(reading, computing)
+    print(f"a cold wave through {FULL_LAYERS} layers: {cold_wave:.0f} s, {figures['wave_against_larger']:.2f} times the larger of reading, "
+          f"{reading:.0f} s, and computing, {computing:.0f} s")  # fmt: skip
     ratio = figures["prune"]["seconds"] / figures["cp and sync"]["seconds"]
     print(f"prune took {ratio:.2f} times as long as cp of what it wrote")
     minutes = {name: round(seconds / 60, 1) for name, seconds in parts.items()}
@@ -236,11 +247,10 @@ def read_in_turn(out: Path, folder: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begun}
 
 
-def inside(folder: Path) -> dict[str, Any]:
-    """The observation alone, without starting the process and reading the text."""
-    reply = subprocess.run(
-        [sys.executable, __file__, "ranks", str(folder)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+def inside(folder: Path, dtype: str) -> dict[str, Any]:
+    """The observation of a wave alone, without starting the process and reading the text."""
+    command = [sys.executable, __file__, "ranks", str(folder), "--tokens", str(WAVE_TOKENS), "--dtype", dtype]
+    reply = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return dict(json.loads(reply.splitlines()[-1]))
 
 
@@ -287,7 +297,7 @@ def disk_rate(folder: Path) -> float:
 # ---- one layer
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, dtype: str) -> None:
     import torch
 
     from reapkit import layout, modules
@@ -297,7 +307,7 @@ def fetch(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     resolved = layout.resolve(checkpoint, ARCHITECTURES)
     device = torch.device("cuda", 0)
-    model = modules.StreamedModel(checkpoint, resolved, device=device, dtype=torch.bfloat16)
+    model = modules.StreamedModel(checkpoint, resolved, device=device, dtype=torch.bfloat16, fp8=dtype == "float8")
     model.fetch(1)  # fills the cache, and compiles
     for readers in (1, 4, 8):
         modules._READERS = readers
@@ -309,7 +319,7 @@ def fetch(folder: Path) -> None:
 # ---- under a cap
 
 
-def cap(folder: Path, device_gb: float, samples: int) -> None:
+def cap(folder: Path, device_gb: float, samples: int, dtype: str) -> None:
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as the command line sets it
     import torch
 
@@ -317,7 +327,8 @@ def cap(folder: Path, device_gb: float, samples: int) -> None:
     torch.cuda.set_per_process_memory_fraction(device_gb * 1e9 / total)
     from reapkit.observation import Observation, Run
 
-    observation = Observation(folder, [f"{folder / 'text.jsonl'}:{samples}"], run=Run(), max_length=LENGTH, seed=0)
+    data = [f"{folder / 'text.jsonl'}:{samples}"]
+    observation = Observation(folder, data, run=Run(dtype=dtype), max_length=LENGTH, seed=0)
     with HostMemory() as host:
         begun = time.perf_counter()
         statistics = observation.run()
@@ -360,7 +371,7 @@ class HostMemory:
 # ---- several GPUs
 
 
-def ranks(folder: Path, tokens: int | None) -> None:
+def ranks(folder: Path, tokens: int | None, dtype: str) -> None:
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as the command line sets it
     from reapkit import observation as module
     from reapkit.observation import Observation, Run
@@ -371,17 +382,28 @@ def ranks(folder: Path, tokens: int | None) -> None:
         module.load = lambda *_, **__: drawn  # type: ignore[assignment]
 
     own = Ranks.from_environment()
-    observation = Observation(folder, [str(folder / "text.jsonl")], run=Run(), max_length=LENGTH, seed=0, ranks=own)
+    ends: list[float] = []
+
+    def watch(_: str, done: float, total: float, unit: str) -> None:
+        """When each layer had seen all of the first wave."""
+        wave = sum(int(batch.length_B.sum()) for batch in observation.waves[0])
+        while len(ends) < min(layers, done // wave):
+            ends.append(time.perf_counter())
+
+    layers = read(folder / "config.json")["num_hidden_layers"]
+    run = Run(dtype=dtype)
+    observation = Observation(folder, [str(folder / "text.jsonl")], run=run, max_length=LENGTH, seed=0, ranks=own)
     with own.joined():
         own.wait()
         begun = time.perf_counter()
-        statistics = observation.run()
+        statistics = observation.run(progress=watch)
         own.wait()
         seconds = time.perf_counter() - begun
     if own.rank == 0:
         print(json.dumps({
             "ranks": own.count, "tokens": statistics.num_tokens, "seconds": seconds, "waves": len(observation.waves),
             "place": observation.place, "read_bytes": observation.model.nbytes_per_pass * len(observation.waves),
+            "first_layer_seconds": ends[0] - begun, "layer_seconds": (ends[-1] - ends[0]) / (len(ends) - 1),
         }))  # fmt: skip
     path = folder.with_name(f"{folder.name}.ranks-{own.count}")
     if own.rank == 0:

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from reapkit.calibration import CalibrationBatch
-from reapkit.experts import EXPERTS_NAME, observed_experts, running
+from reapkit.experts import EXPERTS_NAME, FP8_PROJECTIONS, observed_experts, running, scale_of
+from reapkit.formats import dequantize_blocks
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.statistics import NUM_FOLDS, LayerStatistics
 from reapkit.sums import RoutedSums
@@ -89,22 +90,26 @@ def main() -> int:
           f" so the floor is {floor / 1e6:.2f}M tokens/s")  # fmt: skip
     print(f"relative errors against float64: {figures['errors']}")
     variants = {
-        "transformers, grouped_mm, not observed": ("grouped_mm", False, False),
-        "plain, observed": (EXPERTS_NAME, False, True),
-        "fused, not observed": (EXPERTS_NAME, True, False),
-        "fused, observed": (EXPERTS_NAME, True, True),
+        "transformers, grouped_mm, not observed": ("grouped_mm", False, False, False),
+        "plain, observed": (EXPERTS_NAME, False, True, False),
+        "fused, not observed": (EXPERTS_NAME, True, False, False),
+        "fused, observed": (EXPERTS_NAME, True, True, False),
+        "fused, experts in FP8, not observed": (EXPERTS_NAME, True, False, True),
+        "fused, experts in FP8, observed": (EXPERTS_NAME, True, True, True),
     }
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(2):  # all in turn, twice: the difference of the two rounds is the spread
-        for name, (implementation, is_fused, is_observed) in variants.items():
-            with running_as(layer, experts_config, device, batch, implementation, is_fused, is_observed):
+        for name, (implementation, is_fused, is_observed, is_fp8) in variants.items():
+            with running_as(layer, experts_config, device, batch, implementation, is_fused, is_observed, is_fp8=is_fp8):
                 rates[name].append(tokens / seconds(forward, hidden, arguments.repeats))
     print(f"{'':42} {'tokens/s':>10} {'of the floor':>13} {'spread':>8}")
     show(rates, floor)
     figures["tokens_per_second"] = rates
     if arguments.profile:
-        with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True):
-            profile(forward, hidden[0])
+        for is_fp8 in (False, True):
+            print("experts in FP8" if is_fp8 else "experts in bf16")
+            with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True, is_fp8=is_fp8):
+                profile(forward, hidden[0])
     is_same = True
     if importlib.util.find_spec("llmcompressor"):
         with running_as(layer, experts_config, device, batch, EXPERTS_NAME, True, True) as routed:
@@ -156,8 +161,26 @@ def make_layer(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tup
     # On disk router and bias are F32, and they are computed with so.
     layer.mlp.gate.weight = torch.nn.Parameter(layer.mlp.gate.weight.float(), requires_grad=False)
     layer.mlp.e_score_correction_bias = layer.mlp.e_score_correction_bias.float()
+    round_to_fp8(layer.mlp.experts)
     rotary = type(model.model.rotary_emb)(config).to(device)
     return model, rotary, layer.mlp.experts.config if hasattr(layer.mlp.experts, "config") else config
+
+
+def round_to_fp8(experts: Any) -> None:
+    """Give experts values that a checkpoint in FP8 has, and keep them both ways: in bf16, and in FP8 with scales."""
+    experts.stored = {}
+    for name in FP8_PROJECTIONS:
+        weight_E = getattr(experts, name)
+        fp8_E = torch.empty_like(weight_E, dtype=torch.float8_e4m3fn)
+        scale_E = weight_E.new_empty(
+            *(size // part for size, part in zip(weight_E.shape, (1, 128, 128), strict=True)), dtype=torch.float32
+        )
+        for weight, fp8, scale in zip(weight_E, fp8_E, scale_E, strict=True):
+            blocks = weight.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+            scale.copy_(blocks.abs().amax((1, 3)) / 448)
+            fp8.copy_((blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1))
+            weight.copy_(dequantize_blocks(fp8, scale, block=(128, 128), dtype=weight.dtype))
+        experts.stored |= {name: fp8_E, scale_of(name): scale_E}
 
 
 def make_batch(documents: int, length: int) -> CalibrationBatch:
@@ -179,8 +202,10 @@ def running_as(
     implementation: str,
     is_fused: bool,
     is_observed: bool,
+    *,
+    is_fp8: bool = False,
 ) -> Iterator[RoutedSums]:
-    """Run the layer through an experts function, fused or not, observed or not."""
+    """Run the layer through an experts function, fused or not, observed or not, and with experts in FP8 or not."""
     kernels = fused_kernels(device) if is_fused else None
     begun = {0: LayerStatistics.zeros(NUM_DOMAINS * NUM_FOLDS, NUM_EXPERTS)}
     sums = RoutedSums(begun, num_layers=1, device=device, kernels=kernels)
@@ -190,12 +215,21 @@ def running_as(
     running.observe = sums.observer(batch, 0) if is_observed else None
     if kernels is not None:
         fuse(layer, kernels)
+    experts = layer.mlp.experts
+    in_bf16 = {name: getattr(experts, name) for name in FP8_PROJECTIONS}
+    if is_fp8:
+        for name, value in experts.stored.items():
+            setattr(experts, name, torch.nn.Parameter(value, requires_grad=False))
     try:
         with torch.inference_mode():
             yield sums
     finally:
         config._experts_implementation = before
         running.observe = running.kernels = None
+        if is_fp8:
+            for name, value in in_bf16.items():
+                setattr(experts, name, value)
+                delattr(experts, scale_of(name))
         for module in layer.modules():
             module.__dict__.pop("forward", None)
 
@@ -285,9 +319,9 @@ def errors(layer: Any, rotary: Any, config: Any, device: torch.device) -> dict[s
     batch = make_batch(2, 256)
     outputs, sums = {}, {}
     for name, implementation, is_fused in (
-        ("transformers", "grouped_mm", False), ("plain", EXPERTS_NAME, False), ("fused", EXPERTS_NAME, True)
+        ("transformers", "grouped_mm", False), ("plain", EXPERTS_NAME, False), ("fused", EXPERTS_NAME, True), ("FP8", EXPERTS_NAME, True)
     ):  # fmt: skip
-        with running_as(layer, config, device, batch, implementation, is_fused, True) as routed:
+        with running_as(layer, config, device, batch, implementation, is_fused, True, is_fp8=name == "FP8") as routed:
             out = layer(
                 hidden, position_embeddings=rotary(hidden, positions), attention_mask=None, position_ids=positions
             )
@@ -306,7 +340,8 @@ def errors(layer: Any, rotary: Any, config: Any, device: torch.device) -> dict[s
     # Near-ties move pairs from one expert to another: half of the share that moved, and the change of the whole.
     moved = np.abs(sums["fused"].count_SE.sum(0) - sums["plain"].count_SE.sum(0)).sum() / 2
     result["pairs that went to another expert"] = float(moved / sums["plain"].count_SE.sum())
-    result["sums, fused against plain"] = float(abs(sums["fused"].gated_norm_SE.sum() / total.sum() - 1))
+    for name in ("fused", "FP8"):
+        result[f"sums, {name} against plain"] = float(abs(sums[name].gated_norm_SE.sum() / total.sum() - 1))
     return result
 
 
