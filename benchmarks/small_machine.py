@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics as stats
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 MODEL = Path(__file__).parents[1] / "models/m2-nano"
@@ -44,16 +47,19 @@ def main() -> int:
     model = model.float().eval()
     run = Run(device="cpu", dtype="float32")
     times: dict[str, list[float]] = {"forward": [], "observe": []}
+    usage: dict[str, list[Any]] = {"forward": [], "observe": []}
     for _ in range(arguments.rounds + 1):
         observation = Observation(MODEL, data, run=run, max_length=2048, seed=0)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), processor_time()
         with torch.inference_mode():
             for batch in observation.batches:
                 model.model(input_ids=torch.from_numpy(batch.input_ids_BT), use_cache=False)
         times["forward"].append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+        usage["forward"].append(processor_time() - used)
+        begun, used = time.perf_counter(), processor_time()
         result = observation.run()
         times["observe"].append(time.perf_counter() - begun)
+        usage["observe"].append(processor_time() - used)
     forward, observe = (stats.median(times[name][1:]) for name in ("forward", "observe"))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "statistics.safetensors"
@@ -66,11 +72,22 @@ def main() -> int:
         }
     figures = {"observe / forward": observe / forward} | {name: stats.median(values) for name, values in starts.items()}
     print(f"{result.num_tokens:,} tokens: forward {forward:.2f} s, observed {observe:.2f} s")
+    for name, rounds in usage.items():
+        user, system, faults = np.median(rounds[1:], axis=0)
+        print(
+            f"{name:20} {user:6.2f} s of processor time, {system:.2f} s of the system for it, {faults:,.0f} page faults"
+        )
     for name, value in figures.items():
         print(f"{name:20} {value:6.2f}   at most {LIMITS[name]}: {'yes' if value <= LIMITS[name] else 'NO'}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"figures": figures, "times": times, "starts": starts}, indent=2) + "\n")
     return 0 if all(value <= LIMITS[name] for name, value in figures.items()) else 1
+
+
+def processor_time() -> Any:
+    """This process's user and system time in seconds, and its page faults."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return np.array([usage.ru_utime, usage.ru_stime, usage.ru_minflt])
 
 
 def started(rounds: int, *arguments: object) -> list[float]:
