@@ -171,6 +171,20 @@ def test_experts_in_fp8_equal_a_product_in_float64_of_the_same_rounded_values(
     assert error_P.max() < 0.06 and error_P.mean() < 0.02
 
 
+def test_experts_in_fp8_whose_scales_are_the_smallest_make_zeros_of_zeros_and_nothing_that_is_not_finite() -> None:
+    gate_up, gate_up_scale, _ = weights_in_fp8(3, 256, 256)
+    down, down_scale, _ = weights_in_fp8(3, 256, 128)
+    down_scale[1] = 1e-20  # what `StreamedModel` makes of zeros
+    gate_up_scale[2] = 1e-20
+    hidden_ND = torch.randn(60, 256, device="cuda").bfloat16()
+    hidden_ND[::2] = 0
+    expert_P = torch.arange(3, device="cuda").repeat_interleave(20)
+    out_PD = kernels.experts_fp8(hidden_ND, None, expert_P, gate_up, gate_up_scale, down, down_scale)
+    assert out_PD.isfinite().all()
+    assert not out_PD[::2].any()
+    assert out_PD[1:20:2].any() and out_PD[20:].abs().max() < 1e-9
+
+
 def test_adding_pairs_equals_the_plain_sums_twice_to_the_same_bits() -> None:
     rows, experts = 8, 16
     expert_P, order_P, gate_P = routed_pairs(5000, experts, 4)

@@ -17,6 +17,7 @@ import torch
 from greenlet import greenlet
 
 import tiny
+from families import FAMILIES, make
 from reapkit import modules
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
@@ -348,7 +349,14 @@ def test_a_scale_of_zero_among_experts_left_in_fp8_is_none_to_divide_by(
     name = next(name for name in layer if name.endswith("gate_up_proj_scale"))
     scale_EBG = layer[name]
     assert 0 < scale_EBG[3, 0, 0] <= 1e-6 * scale_EBG[3, 0, 1]
-    assert scale_EBG[4, 0].tolist() == [pytest.approx(1e-30)] * 2
+    assert scale_EBG[4, 0].tolist() == [pytest.approx(1e-20)] * 2
+
+
+def test_experts_that_lie_in_one_tensor_cannot_be_left_in_fp8(with_fp8: list[torch.Size], tmp_path: Path) -> None:
+    make(next(family for family in FAMILIES if family.name == "gpt-oss"), tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="all experts of a layer in one tensor") as caught:
+        fp8_model(tmp_path / "model")
+    assert caught.value.hint == "--dtype bfloat16"
 
 
 @pytest.mark.parametrize(

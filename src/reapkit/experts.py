@@ -195,7 +195,7 @@ def _is_swiglu(experts: Any) -> bool:
 
 def is_fp8(experts: Any) -> bool:
     """Whether `keep_fp8` was called on experts."""
-    return hasattr(experts, "gate_up_proj_scale")
+    return hasattr(experts, scale_of(FP8_PROJECTIONS[0]))
 
 
 def scale_of(name: str) -> str:
@@ -214,8 +214,8 @@ def keep_fp8(experts: Any) -> bool:
             weight is None or weight.shape[1] % (2 * FP8_BLOCK) or weight.shape[2] % FP8_BLOCK for weight in projections
         )
         or "forward" in vars(experts)  # an adapter's
-        or experts.has_bias
-        or experts.is_transposed
+        or getattr(experts, "has_bias", True)
+        or getattr(experts, "is_transposed", True)
         or getattr(experts, "has_post_expert_norm", False)
         or not _is_swiglu(experts)
     ):

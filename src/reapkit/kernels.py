@@ -1,6 +1,6 @@
 """Fused kernels for CUDA, in Triton: what lies between the matrix products of a MoE layer, the sums over routed pairs, products in FP8.
 
-Products in bfloat16 are `grouped_mm`'s, which no kernel of ours beat (benchmarks/RESULTS.md). What remains moves bytes, so each kernel
+Products in bfloat16 are `grouped_mm`'s. What remains moves bytes, so each kernel
 reads its inputs once and writes its outputs once, and its floor is bytes over the memory's bandwidth. With 32,768 tokens of MiniMax-M2
 (K = 8, D = 3,072, I = 1,536, bfloat16) on an H200, of which a copy reaches 4.3 TB/s:
 

@@ -53,11 +53,11 @@ from reapkit.tensors import TensorInfo, brief
 
 # Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels.
 _READERS = 4
-# Compute capability from which products are computed in FP8 (Hopper), what their weights must be, and what of an expert's
-# largest scale its others must be at least, and all of them.
+# Compute capability of the cards whose products in FP8 were tried (Hopper), what their weights must be, and what of an expert's largest
+# scale its others must be at least, and all of them: a row of zeros has the scale 2e-13, and one over both is still a float32.
 _FP8_CAPABILITY = (9, 0)
 _FP8_WEIGHTS = ("F8_E4M3", "scaled", (FP8_BLOCK, FP8_BLOCK), 2)
-_SMALLEST_SHARE, _SMALLEST_SCALE = 1e-6, 1e-30
+_SMALLEST_SHARE, _SMALLEST_SCALE = 1e-6, 1e-20
 _DAMAGED = "fetch the checkpoint again: its weights are damaged"
 # glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
@@ -261,9 +261,21 @@ class StreamedModel:
         Raises:
             UnsupportedError: the card, the checkpoint's format or the family's experts are not made for it.
         """
-        if self.kernels is None or torch.cuda.get_device_capability(self.device) < _FP8_CAPABILITY:
-            raise UnsupportedError(f"{self.device} computes no products in FP8", hint="--dtype bfloat16")
+        if self.kernels is None:
+            raise UnsupportedError(
+                f"products in FP8 are computed by fused kernels alone, which do not run on {self.device} here",
+                hint="--dtype bfloat16",
+            )
+        if torch.cuda.get_device_capability(self.device) != _FP8_CAPABILITY:
+            raise UnsupportedError(
+                f"products in FP8 are computed on Hopper GPUs alone, and {self.device} is none", hint="--dtype bfloat16"
+            )
         weights = [self.checkpoint.tensors[name] for name in self.layout.expert_of if not self.layout.is_mtp(name)]
+        if not weights:
+            raise UnsupportedError(
+                f"{self.checkpoint.origin} stores all experts of a layer in one tensor, so their products are not computed in FP8",
+                hint="--dtype bfloat16",
+            )
         for info in weights:
             if self.format.is_companion(info.name):
                 continue
