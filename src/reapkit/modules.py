@@ -350,7 +350,8 @@ class StreamedModel:
         rows = place.rows
         blocks = slice(rows.start // FP8_BLOCK, rows.stop // FP8_BLOCK)
         targets[place.target][place.expert, rows].copy_(stored, non_blocking=is_pinned)
-        targets[scale_of(place.target)][place.expert, blocks].copy_(scale)
+        # Waiting for a kilobyte of scales would be waiting for the weights before it.
+        targets[scale_of(place.target)][place.expert, blocks].copy_(scale, non_blocking=is_pinned)
 
     def _require_finite(
         self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
