@@ -34,7 +34,6 @@ LENGTH, WORDS = 2048, 200_064
 FULL_LAYERS, FULL_TOKENS, FULL_BYTES = 62, 16_000_000, 230e9
 # What the activation budget holds on a card of 80 GB: a wave.
 WAVE_TOKENS = 3_800_000
-KEPT = 180 / 256
 
 
 def main() -> int:
@@ -145,6 +144,7 @@ def chain(folder: Path, out: Path, dtype: str, report: Path | None) -> None:
         print(
             f"{name:30} {figures[name]['seconds']:8.1f} s   {figures[name]['peak_bytes'] / 1e9:6.2f} GB of host memory"
         )
+    drop_caches()
     figures["cp and sync"] = copied(out)
     print(f"{'cp and sync':30} {figures['cp and sync']['seconds']:8.1f} s")
     drop_caches()
@@ -228,8 +228,14 @@ def hold_memory(*folders: Path) -> None:
     then uses again.
     """
     for folder in folders:
-        for path in folder.glob("*.safetensors"):
-            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+        for path in sorted(folder.glob("*.safetensors")):
+            read_file(path)
+
+
+def read_file(path: Path, count: int | None = None) -> None:
+    """Read a file from its beginning, all of it or so many bytes."""
+    limit = [] if count is None else ["iflag=count_bytes", f"count={count}"]
+    subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none", *limit], check=True)
 
 
 def read_in_turn(out: Path, folder: Path) -> dict[str, float]:
@@ -237,13 +243,11 @@ def read_in_turn(out: Path, folder: Path) -> dict[str, float]:
     left = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     begun = time.perf_counter()
     for path in sorted(out.glob("*.safetensors")):
-        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+        read_file(path)
     for path in sorted(folder.glob("*.safetensors")):
-        count = f"count={min(left, path.stat().st_size)}"
-        subprocess.run(
-            ["dd", f"if={path}", "of=/dev/null", "bs=1M", "iflag=count_bytes", count, "status=none"], check=True
-        )
-        left -= min(left, path.stat().st_size)
+        count = min(left, path.stat().st_size)
+        read_file(path, count)
+        left -= count
     return {"seconds": time.perf_counter() - begun}
 
 
@@ -265,7 +269,6 @@ def timed(*command: object) -> dict[str, float]:
 
 def copied(out: Path) -> dict[str, float]:
     """`cp` of the same bytes on the same disk, until they are on it, as `prune` waits for them."""
-    drop_caches()
     copy = out.with_name(out.name + "-copy")
     begun = time.perf_counter()
     subprocess.run(["cp", "-r", str(out), str(copy)], check=True)

@@ -1,8 +1,8 @@
 """Fused kernels for CUDA, in Triton: what lies between the matrix products of a MoE layer, the sums over routed pairs, products in FP8.
 
-Products in bfloat16 are `grouped_mm`'s. What remains moves bytes, so each kernel
-reads its inputs once and writes its outputs once, and its floor is bytes over the memory's bandwidth. With 32,768 tokens of MiniMax-M2
-(K = 8, D = 3,072, I = 1,536, bfloat16) on an H200, of which a copy reaches 4.3 TB/s:
+Products in bfloat16 are `grouped_mm`'s. What remains moves bytes, so each kernel reads its inputs once and writes its outputs once, and its
+floor is bytes over the memory's bandwidth. With 32,768 tokens of MiniMax-M2 (K = 8, D = 3,072, I = 1,536, bfloat16) on an H200, of which a
+copy reaches 4.3 TB/s:
 
 | kernel | bytes | floor |
 |---|---|---|
@@ -19,7 +19,7 @@ reads its inputs once and writes its outputs once, and its floor is bytes over t
 The products take 3 x 2 P D I = 7.4 TFLOP, 10.8 ms at 690 TFLOP/s; in FP8, twice as fast on paper, 5.4 ms. Nothing here waits for the
 device, and no kernel uses atomic additions: every result has the same bits in every run.
 
-Imported only where there is a GPU and Triton; `experts` and `sums` hold the plain versions of the same functions.
+Imported only where there is a GPU and Triton; `experts` and `sums` hold the plain versions of the same functions, but for products in FP8.
 
 Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
 E = experts, D = hidden size, I = inner size of an expert, S = rows of sums, Q = the six sums.

@@ -305,17 +305,17 @@ class StreamedModel:
             DataError: a value is NaN or infinite.
         """
         weights = [info for info in infos if not self.format.is_companion(info.name)]
-        names = dict.fromkeys(place.target for place in (stacks or {}).values())
-        if self.fp8:
-            names |= dict.fromkeys(map(scale_of, names))
-        targets = {name: self._empty(name) for name in names}
+        places = stacks or {}
+        names = {place.target for place in places.values()}
+        targets = {name: self._empty(name) for name in (*names, *(map(scale_of, names) if self.fp8 else ()))}
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
-            if self.fp8 and stacks is not None and info.name in stacks:
-                self._read_fp8(info, stacks[info.name], targets)
+            place = places.get(info.name)
+            if place is not None and self.fp8:
+                self._read_fp8(info, place, targets)
                 return None
             value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
-            if stacks is None or (place := stacks.get(info.name)) is None:
+            if place is None:
                 return info.name, value
             targets[place.target][place.expert, place.rows] = value
             return None
@@ -327,12 +327,12 @@ class StreamedModel:
 
         if self._copies is None:
             values = dict(filter(None, map(read, weights)))
-            self._require_finite(values, targets, stacks or {})
+            self._require_finite(values, targets, places)
         else:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
                 values = dict(filter(None, readers.map(read_aside, weights)))
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-                self._require_finite(values, targets, stacks or {})
+                self._require_finite(values, targets, places)
             self._copies.synchronize()
         tensors = self.checkpoint.tensors
         return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}

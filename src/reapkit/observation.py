@@ -827,10 +827,12 @@ def _batch_bytes(model: StreamedModel, tokens: int, *, length: int = 0) -> int:
     hidden, top_k = model.hidden_size, model.layout.top_k
     # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
     inner = weights // model.layout.num_experts // hidden // (3 if experts.has_gate else 2)
-    if model.fp8:
+    if model.kernels is None:
+        pair = 4 * (hidden + inner)
+    elif model.fp8:
         pair = hidden + inner // 2
     else:
-        pair = 4 * (hidden + inner) if model.kernels is None else max(hidden + 3 * inner, 2 * hidden + inner)
+        pair = max(hidden + 3 * inner, 2 * hidden + inner)
     values = tokens * (top_k * pair + 10 * hidden)
     if model.device.type == "cuda" and model.dtype == torch.float32:
         values += 2 * tokens * length * model.num_heads
@@ -875,9 +877,8 @@ def _measure_disk(checkpoint: Checkpoint) -> float:
         return _measured_rate(checkpoint.remote)
     total = 0
     with path.open("rb", buffering=0) as stream:
-        with suppress(
-            OSError, AttributeError
-        ):  # else what an earlier measurement left in memory would speak for the disk
+        # Else what an earlier measurement left in memory would speak for the disk.
+        with suppress(OSError, AttributeError):
             os.posix_fadvise(stream.fileno(), 0, _MEASURED_BYTES, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
         while total < _MEASURED_BYTES and (chunk := stream.read(16 << 20)):
