@@ -5,6 +5,7 @@
     python benchmarks/full_size.py prune FOLDER OUT [--rounds 3]         `prune` against `cp` of its output, `verify` against `dd`; no GPU
     python benchmarks/full_size.py fetch FOLDER                          one layer from cached files to the GPU, by 1, 4 and 8 threads
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
+    python benchmarks/full_size.py reroute FOLDER [--rounds 4]           what gathering a sample of tokens adds, 32,768 of 16 million
     torchrun --nproc-per-node N benchmarks/full_size.py ranks FOLDER [--tokens 6000000]     one run over N GPUs, timed between barriers
 
 `make` writes random weights of the real shapes, names and dtypes (embeddings and vocabulary too) and text of random tokens in documents of
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -32,6 +34,8 @@ from reapkit.tensors import encode_header
 
 LENGTH, WORDS = 2048, 200_064
 FULL_LAYERS, FULL_TOKENS, FULL_BYTES = 62, 16_000_000, 230e9
+# Of which so many are sampled for re-routed errors.
+FULL_SAMPLE = 32_768
 # What the activation budget holds on a card of 80 GB: a wave.
 WAVE_TOKENS = 3_800_000
 
@@ -63,12 +67,17 @@ def main() -> int:
     step.add_argument(
         "--tokens", type=int, help="drawn at random, in place of the text, so that no time goes into tokenising"
     )
-    for name in ("chain", "fetch", "cap", "ranks"):
+    step = steps.add_parser("reroute")
+    step.add_argument("folder", type=Path)
+    step.add_argument("--tokens", type=int, default=2_000_000, help="drawn at random, in place of the text")
+    step.add_argument("--rounds", type=int, default=4)
+    step.add_argument("--json", type=Path, dest="report", metavar="FILE")
+    for name in ("chain", "fetch", "cap", "ranks", "reroute"):
         steps.choices[name].add_argument("--dtype", default="bfloat16", help="of the computation, or float8")
     arguments = vars(parser.parse_args())
-    {"make": make, "chain": chain, "prune": prune, "fetch": fetch, "cap": cap, "ranks": ranks}[arguments.pop("step")](
-        **arguments
-    )
+    {"make": make, "chain": chain, "prune": prune, "fetch": fetch, "cap": cap, "ranks": ranks, "reroute": reroute}[
+        arguments.pop("step")
+    ](**arguments)
     return 0
 
 
@@ -334,13 +343,13 @@ def cap(folder: Path, device_gb: float, samples: int, dtype: str) -> None:
     observation = Observation(folder, data, run=Run(dtype=dtype), max_length=LENGTH, seed=0)
     with HostMemory() as host:
         begun = time.perf_counter()
-        statistics = observation.run()
+        result = observation.run()
         seconds = time.perf_counter() - begun
     figures = {
         "device_cap_bytes": device_gb * 1e9, "device_peak_bytes": torch.cuda.max_memory_reserved(),
         "device_allocated_bytes": torch.cuda.max_memory_allocated(), "estimated_bytes": sum(observation.memory().values()),
         "memory": observation.memory(), "host_peak_bytes": host.peak, "host_before_bytes": host.before,
-        "place": observation.place, "waves": len(observation.waves), "tokens": statistics.num_tokens,
+        "place": observation.place, "waves": len(observation.waves), "tokens": result.num_tokens,
         "tokens_per_batch": max(batch.input_ids_BT.size for batch in observation.batches), "seconds": seconds,
     }  # fmt: skip
     print(json.dumps(figures))
@@ -371,6 +380,46 @@ class HostMemory:
         return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
+# ---- a sample of tokens beside it
+
+
+def reroute(folder: Path, tokens: int, rounds: int, dtype: str, report: Path | None) -> None:
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as the command line sets it
+    import torch
+
+    from reapkit import observation as module
+    from reapkit.observation import Observation, Run
+    from reapkit.rerouting import Reroute
+
+    drawn = drawn_text(tokens)
+    module.load = lambda *_, **__: drawn  # type: ignore[assignment]
+    sampled = round(FULL_SAMPLE / FULL_TOKENS * tokens)
+    runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    for number in range(rounds + 1):
+        for name, rate in (("without", None), ("with", Reroute(sampled))):
+            observation = Observation(
+                folder, [str(folder / "text.jsonl")], run=Run(dtype=dtype), max_length=LENGTH, seed=0, reroute=rate
+            )
+            sample = folder.with_name(f"{folder.name}.sample.safetensors")
+            _, timings = observed(observation, sample=sample if rate is not None else None)
+            sample.unlink(missing_ok=True)
+            if number:  # the first of each reads files and compiles kernels
+                runs[name].append(timings)
+
+    def added(what: str) -> float:
+        with_it, without = (statistics.median(run[what] for run in runs[name]) for name in ("with", "without"))
+        return with_it / without - 1
+
+    figures = {
+        "device": torch.cuda.get_device_name(), "dtype": dtype, "tokens": tokens, "sampled": sampled, "runs": runs,
+        "layers": read(folder / "config.json")["num_hidden_layers"], "waves": len(observation.waves),
+        "added": added("seconds"), "added_per_layer": added("layer_seconds"),
+    }  # fmt: skip
+    print(json.dumps(figures))
+    if report is not None:
+        report.write_text(json.dumps(figures, indent=2) + "\n")
+
+
 # ---- several GPUs
 
 
@@ -385,32 +434,38 @@ def ranks(folder: Path, tokens: int | None, dtype: str) -> None:
         module.load = lambda *_, **__: drawn  # type: ignore[assignment]
 
     own = Ranks.from_environment()
-    ends: list[float] = []
-
-    def watch(_: str, done: float, total: float, unit: str) -> None:
-        """When each layer had seen all of the first wave."""
-        wave = sum(int(batch.length_B.sum()) for batch in observation.waves[0])
-        while len(ends) < min(layers, done // wave):
-            ends.append(time.perf_counter())
-
-    layers = read(folder / "config.json")["num_hidden_layers"]
     run = Run(dtype=dtype)
     observation = Observation(folder, [str(folder / "text.jsonl")], run=run, max_length=LENGTH, seed=0, ranks=own)
     with own.joined():
         own.wait()
-        begun = time.perf_counter()
-        statistics = observation.run(progress=watch)
-        own.wait()
-        seconds = time.perf_counter() - begun
+        result, timings = observed(observation, wait=own.wait)
     if own.rank == 0:
         print(json.dumps({
-            "ranks": own.count, "tokens": statistics.num_tokens, "seconds": seconds, "waves": len(observation.waves),
-            "place": observation.place, "read_bytes": observation.model.nbytes_per_pass * len(observation.waves),
-            "first_layer_seconds": ends[0] - begun, "layer_seconds": (ends[-1] - ends[0]) / (len(ends) - 1),
+            "ranks": own.count, "tokens": result.num_tokens, "waves": len(observation.waves), "place": observation.place,
+            "read_bytes": observation.model.nbytes_per_pass * len(observation.waves), **timings,
         }))  # fmt: skip
-    path = folder.with_name(f"{folder.name}.ranks-{own.count}")
-    if own.rank == 0:
-        statistics.save(path)
+        result.save(folder.with_name(f"{folder.name}.ranks-{own.count}"))
+
+
+def observed(
+    observation: Any, *, sample: Path | None = None, wait: Callable[[], None] = lambda: None
+) -> tuple[Any, dict[str, float]]:
+    """The statistics, and the seconds that they took: in all, to the end of the first layer, and for each layer after it."""
+    layers = len(observation.model.layers)
+    wave = sum(int(batch.length_B.sum()) for batch in observation.waves[0])
+    ends: list[float] = []
+
+    def watch(_: str, done: float, total: float, unit: str) -> None:
+        """When each layer had seen all of the first wave."""
+        while len(ends) < min(layers, done // wave):
+            ends.append(time.perf_counter())
+
+    begun = time.perf_counter()
+    result = observation.run(progress=watch, **({} if sample is None else {"sample": sample}))
+    wait()
+    seconds = time.perf_counter() - begun
+    per_layer = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return result, {"seconds": seconds, "first_layer_seconds": ends[0] - begun, "layer_seconds": per_layer}
 
 
 def drawn_text(tokens: int) -> Any:

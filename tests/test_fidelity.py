@@ -260,7 +260,17 @@ def test_changed_routing_by_hand() -> None:
     def pairs(layer: int, choices: list[tuple[int, int]]) -> RoutedPairs:
         expert, token = torch.tensor(choices).reshape(-1), torch.arange(3).repeat_interleave(2)
         gates = torch.ones(6)
-        return RoutedPairs(layer, expert, token, gates, gates, torch.tensor(choices), gates.view(3, 2), lambda t, e: t)
+        return RoutedPairs(
+            layer,
+            expert,
+            token,
+            gates,
+            gates,
+            torch.tensor(choices),
+            gates.view(3, 2),
+            torch.empty(0),
+            lambda h, t, e: h,
+        )
 
     routing.see_original(pairs(7, [(0, 1), (2, 3), (0, 2)]))
     routing.see_pruned(pairs(7, [(0, 1), (1, 2), (1, 2)]))  # in its own numbering

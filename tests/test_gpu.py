@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import apply_rotary_pos_
 
 import quantized
 from families import FAMILIES, Family, make
-from reapkit import criteria, plans
+from reapkit import criteria, observation, plans
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import DataError
-from reapkit.experts import RoutedPairs
+from reapkit.experts import RoutedPairs, _grouped_linear, _routed
 from reapkit.formats import decode
 from reapkit.fusion import fused_kernels
 from reapkit.layout import resolve
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
 from reapkit.observation import Observation, Run, observe
 from reapkit.quantization import read_format
+from reapkit.rerouting import Reroute, RerouteRecorder
 from reapkit.statistics import SUM_NAMES, LayerStatistics
 from reapkit.sums import RoutedSums
 from streaming import full_model, streamed_logits, token_batches
@@ -59,7 +61,7 @@ def test_streamed_logits_equal_the_loaded_models_bit_for_bit(dtype: torch.dtype)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the largest value: a rounding or two in the dtype.
 # What sums do not look at.
-UNSEEN = (torch.empty(0), torch.empty(0), lambda places, experts: places)
+UNSEEN = (torch.empty(0), torch.empty(0), torch.empty(0), lambda hidden, places, experts: hidden)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -116,11 +118,15 @@ def in_fp8(values_MN: Tensor) -> Tensor:
     return ((groups / scale).to(torch.float8_e4m3fn).double() * scale.double()).flatten(1)
 
 
-def weights_in_fp8(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [E, O, D], the scales of their blocks of 128 x 128, and the values that both stand for, in float64."""
+def weights_in_fp8(*shape: int) -> tuple[Tensor, Tensor]:
+    """Weights [E, O, D], and the scales of their blocks of 128 x 128."""
     weight = torch.randn(*shape, device="cuda").mul(60).clamp(-448, 448).to(torch.float8_e4m3fn)
-    scale = (torch.rand(shape[0], shape[1] // 128, shape[2] // 128, device="cuda") + 0.5) / 1000
-    return weight, scale, weight.double() * scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    return weight, (torch.rand(shape[0], shape[1] // 128, shape[2] // 128, device="cuda") + 0.5) / 1000
+
+
+def widened(weight: Tensor, scale: Tensor) -> Tensor:
+    """The values that both stand for, in float64."""
+    return weight.double() * scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
@@ -153,8 +159,9 @@ def test_rounding_to_fp8_gives_each_128_values_of_a_row_a_scale_of_their_own(wid
 def test_experts_in_fp8_equal_a_product_in_float64_of_the_same_rounded_values(
     hidden: int, inner: int, experts: int
 ) -> None:
-    gate_up, gate_up_scale, wide_gate_up = weights_in_fp8(experts, 2 * inner, hidden)
-    down, down_scale, wide_down = weights_in_fp8(experts, hidden, inner)
+    gate_up, gate_up_scale = weights_in_fp8(experts, 2 * inner, hidden)
+    down, down_scale = weights_in_fp8(experts, hidden, inner)
+    wide_gate_up, wide_down = widened(gate_up, gate_up_scale), widened(down, down_scale)
     hidden_ND = torch.randn(517, hidden, device="cuda").bfloat16()
     expert_P, order_P, _ = routed_pairs(517, experts - 1, 4)  # the last one gets none
     token_P = order_P // 4
@@ -172,8 +179,8 @@ def test_experts_in_fp8_equal_a_product_in_float64_of_the_same_rounded_values(
 
 
 def test_experts_in_fp8_whose_scales_are_the_smallest_make_zeros_of_zeros_and_nothing_that_is_not_finite() -> None:
-    gate_up, gate_up_scale, _ = weights_in_fp8(3, 256, 256)
-    down, down_scale, _ = weights_in_fp8(3, 256, 128)
+    gate_up, gate_up_scale = weights_in_fp8(3, 256, 256)
+    down, down_scale = weights_in_fp8(3, 256, 128)
     down_scale[1] = 1e-20  # what `StreamedModel` makes of zeros
     gate_up_scale[2] = 1e-20
     hidden_ND = torch.randn(60, 256, device="cuda").bfloat16()
@@ -183,6 +190,94 @@ def test_experts_in_fp8_whose_scales_are_the_smallest_make_zeros_of_zeros_and_no
     assert out_PD.isfinite().all()
     assert not out_PD[::2].any()
     assert out_PD[1:20:2].any() and out_PD[20:].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize(("hidden", "inner", "experts"), [(3072, 1536, 32), (256, 128, 48), (4096, 2048, 16)])
+def test_an_experts_output_has_the_same_bits_whatever_rows_are_beside_it(
+    hidden: int, inner: int, experts: int, is_fp8: bool
+) -> None:
+    gate_up, gate_up_scale = weights_in_fp8(experts, 2 * inner, hidden)
+    down, down_scale = weights_in_fp8(experts, hidden, inner)
+
+    def compute(hidden_PD: Tensor, expert_P: Tensor) -> Tensor:
+        if is_fp8:
+            result: Tensor = kernels.experts_fp8(hidden_PD, None, expert_P, gate_up, gate_up_scale, down, down_scale)
+            return result
+        inner_PI = kernels.swiglu(_grouped_linear(hidden_PD, gate_up.bfloat16(), expert_P))
+        return _grouped_linear(inner_PI, down.bfloat16(), expert_P)
+
+    expert_P, _, _ = routed_pairs(4096, experts, 4)
+    hidden_PD = (torch.randn(len(expert_P), hidden, device="cuda") / 60).bfloat16()
+    whole_PD = compute(hidden_PD, expert_P)
+    assert whole_PD.isfinite().all() and whole_PD.any()
+    for share in (0.005, 0.06, 0.3):
+        taken_P = torch.rand(len(expert_P), device="cuda") < share
+        assert torch.equal(compute(hidden_PD[taken_P], expert_P[taken_P]), whole_PD[taken_P])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8", "float32"])
+def test_a_sample_of_tokens_has_the_same_bits_in_any_number_of_waves(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(observation.TOKENS_PER_BATCH, "cuda", 2048)
+    samples = []
+    for budget in (1 << 30, 16 << 20):
+        run = Run(device="cuda", dtype=dtype, activation_budget=budget)
+        watched = Observation(
+            M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=run, max_length=2048, seed=0, reroute=Reroute(3000)
+        )
+        print(json.dumps({"waves": [len(wave) for wave in watched.waves]}))
+        assert (len(watched.waves) > 1) == (budget < 1 << 30)
+        samples.append(tmp_path / f"{budget}.safetensors")
+        watched.run(sample=samples[-1])
+    assert samples[0].read_bytes() == samples[1].read_bytes()
+
+
+class InTurn:
+    """An executor that does everything at once: what waits for the device is then known to be in a layer, and not the loader beside it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Any, *values: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*values))
+        return done
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+    map = staticmethod(map)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_experts_sums_and_a_sample_of_tokens_do_not_wait_for_the_device(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A micro-batch's kernels are sent off while those of the one before it run."""
+
+    def without_waiting(*args: Any, **options: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return _routed(*args, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr("reapkit.experts._routed", without_waiting)
+    monkeypatch.setattr("reapkit.modules.ThreadPoolExecutor", InTurn)
+    data, run = [str(M2_NANO / "data/calibration.jsonl")], Run(device="cuda", dtype=dtype)
+    watched = Observation(M2_NANO, data, run=run, max_length=2048, seed=0, reroute=Reroute(3000))
+    assert len(watched.run(sample=tmp_path / "sample").layers) == 6
+    monkeypatch.setattr(RerouteRecorder, "_rank", lambda self, chosen_MK, *_: chosen_MK.cpu())
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        watched.run(sample=tmp_path / "again")
 
 
 def test_adding_pairs_equals_the_plain_sums_twice_to_the_same_bits() -> None:
@@ -298,14 +393,14 @@ def test_sums_are_the_same_to_the_bit_when_activations_are_kept_on_the_host_and_
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_peak_memory_on_the_device_is_what_the_dry_run_says(place: str) -> None:
     run = Run(device="cuda", dtype="float32", activation_budget=64 << 20, place=place)
-    observation = Observation(M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=run, max_length=2048, seed=0)
-    memory = observation.memory()
+    watched = Observation(M2_NANO, [str(M2_NANO / "data/calibration.jsonl")], run=run, max_length=2048, seed=0)
+    memory = watched.memory()
     # torch counts its own tensors alone, not what its libraries take nor what lies unused between them.
     expected = sum(memory.values()) - memory["workspaces"]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    observation.run()
+    watched.run()
     peak = torch.cuda.max_memory_allocated() - before
     print(json.dumps({"expected_bytes": expected, "peak_bytes": peak}))
     assert 0.5 * expected < peak < 1.25 * expected

@@ -41,7 +41,9 @@ class RoutedPairs:
         gate_P: float32, the coefficient with which the model multiplies the expert's output.
         norm_P: float32, L2 norm of the expert's output before that.
         expert_NK, gate_NK: the same choices and coefficients token by token, as the model handed them over.
-        compute: from places of tokens and experts, sorted by expert, [P], to the experts' outputs [P, D]: runs any expert on any token.
+        hidden_ND: the experts' input.
+        compute: from inputs [M, D], places among them and experts, sorted by expert, [P], to the experts' outputs [P, D]: runs any expert
+            on any input.
     """
 
     layer: int
@@ -51,7 +53,8 @@ class RoutedPairs:
     norm_P: Tensor
     expert_NK: Tensor
     gate_NK: Tensor
-    compute: Callable[[Tensor, Tensor], Tensor]
+    hidden_ND: Tensor
+    compute: Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 # What an observer of the experts receives.
@@ -148,7 +151,8 @@ def _routed(
                 norm_P[shown],
                 expert_NK,
                 gate_NK,
-                partial(compute, hidden_ND),
+                hidden_ND,
+                compute,
             )
         )
     return out_ND

@@ -306,13 +306,14 @@ class StreamedModel:
         """
         weights = [info for info in infos if not self.format.is_companion(info.name)]
         places = stacks or {}
-        names = {place.target for place in places.values()}
-        targets = {name: self._empty(name) for name in (*names, *(map(scale_of, names) if self.fp8 else ()))}
+        heights = {place.target: place.rows.stop - place.rows.start for place in places.values()}
+        targets = {name: self._empty(name) for name in heights}
+        scales = {name: self._empty_scales(name) for name in heights} if self.fp8 else {}
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
             place = places.get(info.name)
             if place is not None and self.fp8:
-                self._read_fp8(info, place, targets)
+                self._read_fp8(info, place, targets[place.target], scales[place.target])
                 return None
             value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
             if place is None:
@@ -327,31 +328,29 @@ class StreamedModel:
 
         if self._copies is None:
             values = dict(filter(None, map(read, weights)))
+            targets |= {scale_of(name): _usable(scale, heights[name] // FP8_BLOCK) for name, scale in scales.items()}
             self._require_finite(values, targets, places)
         else:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
                 values = dict(filter(None, readers.map(read_aside, weights)))
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+                for name, scale in scales.items():
+                    on_device = scale.to(self.device, non_blocking=True)
+                    targets[scale_of(name)] = _usable(on_device, heights[name] // FP8_BLOCK)
                 self._require_finite(values, targets, places)
             self._copies.synchronize()
         tensors = self.checkpoint.tensors
         return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}
 
-    def _read_fp8(self, info: TensorInfo, place: _Slice, targets: Mapping[str, Tensor]) -> None:
+    def _read_fp8(self, info: TensorInfo, place: _Slice, weight_E: Tensor, scale_E: Tensor) -> None:
         """Put an expert's bytes and its scales where they belong, as they are stored."""
         recipe = self.format.recipe(info, self.checkpoint.tensors)
         assert recipe is not None
         is_pinned = self._copies is not None
         stored = read_tensor(self.checkpoint, info, pinned=is_pinned)
-        scale = as_factors(read_tensor(self.checkpoint, recipe.scale)).view(recipe.grid[-2:])
-        # Kernels divide by scales. So small a part of the largest one is far below FP8's rounding.
-        floor = (scale.abs().max() * _SMALLEST_SHARE).clamp(min=_SMALLEST_SCALE)
-        scale = torch.where(scale.abs() < floor, floor, scale)
-        rows = place.rows
-        blocks = slice(rows.start // FP8_BLOCK, rows.stop // FP8_BLOCK)
-        targets[place.target][place.expert, rows].copy_(stored, non_blocking=is_pinned)
-        # Waiting for a kilobyte of scales would be waiting for the weights before it.
-        targets[scale_of(place.target)][place.expert, blocks].copy_(scale, non_blocking=is_pinned)
+        weight_E[place.expert, place.rows].copy_(stored, non_blocking=is_pinned)
+        blocks = slice(place.rows.start // FP8_BLOCK, place.rows.stop // FP8_BLOCK)
+        scale_E[place.expert, blocks] = as_factors(read_tensor(self.checkpoint, recipe.scale)).view(recipe.grid[-2:])
 
     def _require_finite(
         self, values: Mapping[str, Tensor], targets: Mapping[str, Tensor], stacks: Mapping[str, _Slice]
@@ -409,6 +408,14 @@ class StreamedModel:
             return torch.empty(like.shape, dtype=like.dtype, device=self.device)
         with torch.cuda.stream(self._copies):
             return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+    def _empty_scales(self, name: str) -> Tensor:
+        """Memory on the host for the scales of one of the model's tensors in FP8.
+
+        They go to a GPU all at once: a copy for each of hundreds, a kilobyte long, would keep the driver from the layer that runs.
+        """
+        like = self.module.get_parameter(scale_of(name))
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._copies is not None)
 
     def _stacks(self, infos: Sequence[TensorInfo]) -> dict[str, _Slice]:
         """Where in a tensor of all experts a tensor of one expert goes, by its name on disk, where conversion would only stack them."""
@@ -604,6 +611,16 @@ class MtpLayers:
         position_T = torch.arange(index + 1, index + 1 + ids_BT.shape[1], device=ids_BT.device)
         result: Tensor = self.module.forward_layer(index, hidden_BTD, position_T[None], None, input_ids=next_BT)
         return result
+
+
+def _usable(scale_EHG: Tensor, height: int) -> Tensor:
+    """Scales of all experts without zeros, by which kernels would divide: each so many rows of an expert's were one tensor.
+
+    What is put in their place is so small a part of that tensor's largest that it is far below FP8's rounding.
+    """
+    grouped = scale_EHG.view(len(scale_EHG), -1, height * scale_EHG.shape[2])
+    floor = (grouped.abs().amax(-1, keepdim=True) * _SMALLEST_SHARE).clamp(min=_SMALLEST_SCALE)
+    return torch.where(grouped.abs() < floor, floor, grouped).view_as(scale_EHG)
 
 
 def _require_no_odd(value: Tensor, what: str, hint: str | None) -> None:

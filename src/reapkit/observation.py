@@ -530,7 +530,8 @@ class Observation:
             observers = [sums.observer(batch, number) for batch, number in zip(wave, numbers, strict=True)]
             if self.recorder is not None and writer is not None:
                 observers = [
-                    self.recorder.observer(number, observe) for number, observe in zip(numbers, observers, strict=True)
+                    self.recorder.observer(number, observe, is_last=number == numbers[-1])
+                    for number, observe in zip(numbers, observers, strict=True)
                 ]
 
             def after_batch(layer: int, number: int, *, wave: Sequence[CalibrationBatch] = wave) -> None:

@@ -4,6 +4,10 @@ The tokens are chosen before the run, by a hash of the seed, their document and 
 agree. On each of them the layer's best-ranked experts are run, whether the model chose them or not; what is kept are scores and the
 products of outputs. The family's selection rule is held to the model's own choices and coefficients on every token that passes.
 
+Of 16 million tokens a sample of 32,768 takes 67 in a micro-batch of 32,768, and these have nearly every expert among their candidates: on a
+GPU running them costs what reading all the layer's weights does. So they wait there for those of the next micro-batches. Its grouped
+products in bfloat16 and FP8 give an output the same bits whatever rows are beside it; where others run, a micro-batch runs by itself.
+
 Shape suffixes: N = tokens of a micro-batch laid end to end, M = sampled ones of them, T = all sampled tokens, K = experts per token,
 C = candidates, E = experts, G = groups, D = hidden size (domains in `choose_tokens`), U = pairs of candidates, P = pairs.
 """
@@ -227,10 +231,27 @@ class _Seen(threading.local):
     logits: Tensor | None = None
     stream: Tensor | None = None
     # Sampled tokens that wait for the end of the layer: what is known of them, their stream before, their places.
-    begun: tuple[dict[str, Tensor], Tensor, Tensor] | None = None
+    begun: tuple[_Measured, Tensor, Tensor] | None = None
 
 
 _seen = _Seen()
+# Of a micro-batch's sampled tokens in a layer, by the name in the file; parts to be put one after the other.
+_Measured = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Sampled tokens of one micro-batch whose candidates have not run.
+
+    Attributes:
+        hidden_MD: the experts' input.
+        expert_MC: int64, candidates by falling rank.
+        gram: where the products of their outputs go, float32 [M, U].
+    """
+
+    hidden_MD: Tensor
+    expert_MC: Tensor
+    gram: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -267,7 +288,9 @@ class RerouteRecorder:
         self._model = model
         self._batches = batches
         self._routers: dict[int, _Router] = {}
-        self._done: dict[int, dict[int, dict[str, Tensor]]] = {index: {} for index in self.layers}
+        self._done: dict[int, dict[int, _Measured]] = {index: {} for index in self.layers}
+        self._waiting: list[_Waiting] = []
+        self._waits = model.kernels is not None and model.dtype == torch.bfloat16
         self._wrong = torch.zeros((), dtype=torch.int64, device=model.device)
         rows, columns = torch.triu_indices(self.candidates, self.candidates)
         self._upper = (rows.to(model.device), columns.to(model.device))
@@ -311,19 +334,38 @@ class RerouteRecorder:
         ]
         return hooks if index >= layout.num_layers else [*hooks, layer.register_forward_hook(_note_turn)]
 
-    def observer(self, number: int, observe: RoutedObserver) -> RoutedObserver:
-        """What one micro-batch's forward shows its routed pairs to, in front of another observer."""
+    def observer(self, number: int, observe: RoutedObserver, *, is_last: bool) -> RoutedObserver:
+        """What one micro-batch's forward shows its routed pairs to, in front of another observer.
+
+        Args:
+            number: of the micro-batch.
+            observe: the other observer.
+            is_last: whether no other micro-batch passes a layer after this one, before its weights are gone.
+        """
         device = self._model.device
         is_real_N = torch.from_numpy(self._batches[number].mask_BT.reshape(-1)).to(device)
-        place_M, behind_M = self.sample.place_M[number], self.sample.behind_M[number]
+        # Copied before any forward runs: a copy from pageable memory would first wait for all that the device has to do.
+        place_M = {
+            ahead: torch.from_numpy(self.sample.place_M[number][self._has_next(number, ahead)]).to(device)
+            for ahead in set(map(self._ahead, self.layers))
+        }
 
         def record(pairs: RoutedPairs) -> None:
             observe(pairs)
             if pairs.layer in self._routers:
-                ahead = max(0, pairs.layer - self._model.layout.num_layers + 1)
-                self._record(number, pairs, is_real_N, torch.from_numpy(place_M[behind_M >= ahead]).to(device))
+                self._record(number, pairs, is_real_N, place_M[self._ahead(pairs.layer)])
+                if is_last:
+                    self._run_waiting(pairs)
 
         return record
+
+    def _ahead(self, layer: int) -> int:
+        """How many of the next tokens a layer needs: MTP layers take one and more, which the last of a document do not have."""
+        return max(0, layer - self._model.layout.num_layers + 1)
+
+    def _has_next(self, number: int, ahead: int) -> NDArray[np.bool_]:
+        """Which of a micro-batch's sampled tokens have so many after them, [M]."""
+        return self.sample.behind_M[number] >= ahead
 
     def _record(self, number: int, pairs: RoutedPairs, is_real_N: Tensor, place_M: Tensor) -> None:
         logits, stream = _seen.logits, _seen.stream
@@ -331,23 +373,39 @@ class RerouteRecorder:
         num_tokens = len(is_real_N)
         if logits is None or stream is None or logits.numel() != num_tokens * self.rule.num_experts:
             raise _refused(self._model.layout, f"the router of layer {pairs.layer} does not show its logits")
-        logits_NE, stream_ND = logits.reshape(num_tokens, -1), stream.reshape(num_tokens, -1)
+        logits_NE, stream_MD = logits.reshape(num_tokens, -1), stream.reshape(num_tokens, -1)[place_M]
         router = self._routers[pairs.layer]
         bias_E = None if router.bias is None else getattr(*router.bias)
-        scale_E = None if router.expert_scale is None else getattr(*router.expert_scale)
-        self._wrong += self._count_wrong(pairs, logits_NE, bias_E, scale_E, is_real_N)
-        parts = [
-            self._measure(pairs, place, logits_NE[place], stream_ND[place], bias_E, scale_E)
-            for place in torch.split(place_M, TOKENS_AT_ONCE)
-            if len(place)
-        ]
-        if not parts:
+        self._wrong += self._count_wrong(pairs, logits_NE, bias_E, self._scale_of(pairs.layer), is_real_N)
+        if not len(place_M):
             return
-        done = self._done[pairs.layer][number] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        expert_MC, score_MC, choice_ME = self._rank(pairs.expert_NK[place_M], logits_NE[place_M], bias_E)
+        stream_sq_M = stream_MD.float().square().sum(-1)
+        done: _Measured = {
+            "expert": [expert_MC.to(torch.int16)],
+            "score": [score_MC],
+            "stream_sq": [stream_sq_M],
+            "gram": [],
+        }
+        if self.rule.num_groups > 1:
+            done["choice"] = [choice_ME]
         # What comes after the layer is seen when it ends; of an MTP layer it is not.
-        done["turn"] = torch.ones_like(done["stream_sq"])
+        done["turn"] = [torch.ones_like(stream_sq_M)]
         if pairs.layer < self._model.layout.num_layers:
-            _seen.begun = (done, stream_ND[place_M], place_M)
+            _seen.begun = (done, stream_MD, place_M)
+        self._done[pairs.layer][number] = done
+        hidden_MD = pairs.hidden_ND[place_M]
+        for hidden, expert in zip(
+            torch.split(hidden_MD, TOKENS_AT_ONCE), torch.split(expert_MC, TOKENS_AT_ONCE), strict=True
+        ):
+            waiting = sum(len(others.hidden_MD) for others in self._waiting)
+            if not self._waits or waiting + len(hidden) > TOKENS_AT_ONCE:
+                self._run_waiting(pairs)
+            self._waiting.append(_Waiting(hidden, expert, done["gram"]))
+
+    def _scale_of(self, layer: int) -> Tensor | None:
+        owner = self._routers[layer].expert_scale
+        return None if owner is None else getattr(*owner).float()
 
     def _count_wrong(
         self, pairs: RoutedPairs, logits_NE: Tensor, bias_E: Tensor | None, scale_E: Tensor | None, is_real_N: Tensor
@@ -356,29 +414,22 @@ class RerouteRecorder:
         rule, expert_NK, gate_NK = self.rule, pairs.expert_NK, pairs.gate_NK
         score_NE, choice_NE = scores_of(rule, logits_NE, bias_E)
         limited_NE = limit_to_groups(rule, choice_NE)
-        best_NK = limited_NE.topk(rule.top_k, dim=-1).values
-        theirs_NK = limited_NE.gather(1, expert_NK).sort(dim=-1, descending=True).values
+        # Theirs are the best where none of the others is better than the worst of them.
+        least_N = limited_NE.gather(1, expert_NK).amin(-1)
+        best_other_N = limited_NE.scatter(1, expert_NK, -torch.inf).amax(-1)
         own_NK = coefficients(rule, score_NE.gather(1, expert_NK))
         if scale_E is not None:
-            own_NK = own_NK * scale_E.float()[expert_NK]
+            own_NK = own_NK * scale_E[expert_NK]
         rounding = ROUNDINGS * torch.finfo(logits_NE.dtype).eps
-        is_other_N = ((theirs_NK - best_NK).abs() > rounding * best_NK.abs().clamp(min=1)).any(-1)
+        is_other_N = best_other_N - least_N > rounding * best_other_N.abs().clamp(min=1)
         rounding = ROUNDINGS * max(torch.finfo(gate_NK.dtype).eps, torch.finfo(logits_NE.dtype).eps)
         gate_NK = gate_NK.float()
         is_other_N |= ((own_NK - gate_NK).abs() > rounding * gate_NK.abs().amax(-1, keepdim=True)).any(-1)
         return (is_other_N & is_real_N).sum()
 
-    def _measure(
-        self,
-        pairs: RoutedPairs,
-        place_M: Tensor,
-        logits_ME: Tensor,
-        stream_MD: Tensor,
-        bias_E: Tensor | None,
-        scale_E: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _rank(self, chosen_MK: Tensor, logits_ME: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates, the model's choices and the best of the others, [M, C] by falling rank, their scores, and all experts' ranks."""
         score_ME, choice_ME = scores_of(self.rule, logits_ME, bias_E)
-        chosen_MK = pairs.expert_NK[place_M]
         order_MK = choice_ME.gather(1, chosen_MK).argsort(dim=-1, descending=True, stable=True)
         chosen_MK = chosen_MK.gather(1, order_MK)
         others_ME = choice_ME.scatter(1, chosen_MK, -torch.inf)
@@ -387,21 +438,26 @@ class RerouteRecorder:
         if self.rule.num_groups > 1:
             by_rank_MC = choice_ME.gather(1, expert_MC).argsort(dim=-1, descending=True, stable=True)
             expert_MC = expert_MC.gather(1, by_rank_MC)
+        return expert_MC, score_ME.gather(1, expert_MC), choice_ME
+
+    def _run_waiting(self, pairs: RoutedPairs) -> None:
+        """Run the candidates of waiting tokens, all of the layer in which `pairs` are."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        expert_MC = torch.cat([part.expert_MC for part in waiting])
         expert_P, order_P = torch.sort(expert_MC.reshape(-1), stable=True)
-        out_PD = pairs.compute(place_M[order_P // self.candidates], expert_P)
+        out_PD = pairs.compute(torch.cat([part.hidden_MD for part in waiting]), order_P // self.candidates, expert_P)
         out = torch.empty_like(out_PD)
         out[order_P] = out_PD
-        out_MCD = out.view(*expert_MC.shape, -1).float()
-        if scale_E is not None:
-            out_MCD = out_MCD * scale_E.float()[expert_MC].unsqueeze(-1)
-        gram_MCC = torch.bmm(out_MCD, out_MCD.transpose(1, 2))
-        measured = {
-            "expert": expert_MC.to(torch.int16),
-            "score": score_ME.gather(1, expert_MC),
-            "gram": gram_MCC[:, *self._upper],
-            "stream_sq": stream_MD.float().square().sum(-1),
-        }
-        return measured if self.rule.num_groups == 1 else {**measured, "choice": choice_ME}
+        scale_E = self._scale_of(pairs.layer)
+        sizes = [len(part.hidden_MD) for part in waiting]
+        for part, out_MCD in zip(waiting, torch.split(out.view(*expert_MC.shape, -1), sizes), strict=True):
+            out_MCD = out_MCD.float()
+            if scale_E is not None:
+                out_MCD = out_MCD * scale_E[part.expert_MC].unsqueeze(-1)
+            gram_MCC = torch.bmm(out_MCD, out_MCD.transpose(1, 2))
+            part.gram.append(gram_MCC[:, *self._upper])
 
     def flush(self, layer: int, writer: SampleWriter) -> None:
         """Write what micro-batches left in a layer; waits for the device.
@@ -417,16 +473,14 @@ class RerouteRecorder:
                 "the declared selection rule does not give the experts and coefficients that the model's own router chose for "
                 f"{wrong:,} tokens of layer {layer}",
             )
-        ahead = max(0, layer - self._model.layout.num_layers + 1)
         done, self._done[layer] = self._done[layer], {}
         for number, parts in done.items():
-            behind_M = self.sample.behind_M[number]
-            rows = np.flatnonzero(behind_M >= ahead)
+            is_measured_M = self._has_next(number, self._ahead(layer))
             for part, values in parts.items():
-                measured = values.cpu().numpy()
-                if len(rows) < len(behind_M):
-                    whole = np.zeros((len(behind_M), *measured.shape[1:]), dtype=measured.dtype)
-                    whole[rows] = measured
+                measured = torch.cat(values).cpu().numpy()
+                if not is_measured_M.all():
+                    whole = np.zeros((len(is_measured_M), *measured.shape[1:]), dtype=measured.dtype)
+                    whole[is_measured_M] = measured
                     measured = whole
                 writer.write(f"layers.{layer}.{part}", self.sample.first[number], measured)
 
@@ -451,7 +505,7 @@ def _note_turn(layer: nn.Module, args: Any, output: Any) -> None:
     (done, before_MD, place_M), _seen.begun = _seen.begun, None
     after_BTD = output if isinstance(output, Tensor) else output[0]
     after_MD = after_BTD.reshape(-1, after_BTD.shape[-1])[place_M]
-    done["turn"] = 1 - nn.functional.cosine_similarity(before_MD.float(), after_MD.float(), dim=-1)
+    done["turn"] = [1 - nn.functional.cosine_similarity(before_MD.float(), after_MD.float(), dim=-1)]
 
 
 def _note_stream(norm: nn.Module, args: Any) -> None:

@@ -64,6 +64,8 @@ class RoutedSums:
             tokens_S = np.bincount(row_B, weights=length_B, minlength=self._num_rows)
             return torch.from_numpy(row_BT.reshape(-1)).to(self._device), tokens_S
 
+        rows(0)  # in a layer the copy would first wait for all that the device has to do
+
         def observe(pairs: RoutedPairs) -> None:
             # An MTP layer takes the next token, which the last ones of a document do not have.
             row_N, tokens_S = rows(max(0, pairs.layer - self._num_layers + 1))
