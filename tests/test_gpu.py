@@ -29,7 +29,7 @@ from reapkit.layout import resolve
 from reapkit.modules import EXPERTS_NAME, StreamedModel, SuspendedForwards
 from reapkit.observation import Observation, Run, observe
 from reapkit.quantization import read_format
-from reapkit.rerouting import Reroute, RerouteRecorder
+from reapkit.rerouting import Reroute, RerouteRecorder, _turns
 from reapkit.statistics import SUM_NAMES, LayerStatistics
 from reapkit.sums import RoutedSums
 from streaming import full_model, streamed_logits, token_batches
@@ -109,6 +109,24 @@ def test_combining_equals_a_sum_in_float64(dtype: torch.dtype, width: int) -> No
     expected_ND = wide.view(50, 4, width).sum(1)
     assert (ours_ND.double() - expected_ND).abs().max() <= ROUNDING[dtype] * expected_ND.abs().max()
     assert torch.allclose(norm_P.double(), out_PD.double().norm(dim=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [96, 3072, 6144])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths_and_turns_of_sampled_tokens_equal_plain_torch_in_float64(dtype: torch.dtype, width: int) -> None:
+    before_MD, after_ND = (
+        torch.randn(5, width, device="cuda").to(dtype),
+        torch.randn(31, width, device="cuda").to(dtype),
+    )
+    place_M = torch.tensor([3, 0, 30, 7, 7], device="cuda")
+    after_ND[3] = before_MD[0] * 2
+    before_MD[4] = 0
+    before, after = before_MD.double(), after_ND[place_M].double()
+    exact = before.square().sum(-1), 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)
+    assert exact[1][[0, 4]].tolist() == pytest.approx([0, 1])
+    for computed in (kernels.turns(before_MD, after_ND, place_M), _turns(before_MD, after_ND, place_M)):
+        for ours, wanted in zip(computed, exact, strict=True):
+            assert torch.allclose(ours.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def in_fp8(values_MN: Tensor) -> Tensor:
@@ -275,7 +293,7 @@ def test_experts_sums_and_a_sample_of_tokens_do_not_wait_for_the_device(
     data, run = [str(M2_NANO / "data/calibration.jsonl")], Run(device="cuda", dtype=dtype)
     watched = Observation(M2_NANO, data, run=run, max_length=2048, seed=0, reroute=Reroute(3000))
     assert len(watched.run(sample=tmp_path / "sample").layers) == 6
-    monkeypatch.setattr(RerouteRecorder, "_rank", lambda self, chosen_MK, *_: chosen_MK.cpu())
+    monkeypatch.setattr(RerouteRecorder, "_rank", lambda self, choice_ME, *_: choice_ME.cpu())
     with pytest.raises(RuntimeError, match="synchronizing"):
         watched.run(sample=tmp_path / "again")
 

@@ -14,6 +14,7 @@ copy reaches 4.3 TB/s:
 | `rms_norm` | N D read, N D written: 0.4 GB, of queries 0.8 GB | 0.1 and 0.2 ms |
 | `rotate` | queries and keys read and written: 0.94 GB | 0.22 ms |
 | `add_pairs` | some 20 bytes a pair: 5 MB | launch |
+| `turns` | 2 D a sampled token: below a megabyte | launch |
 | `quantize` | P D read (mostly from the cache), P D of a byte written: 1.0 to 2.4 GB | 0.23 to 0.56 ms |
 
 The products take 3 x 2 P D I = 7.4 TFLOP, 10.8 ms at 690 TFLOP/s; in FP8, twice as fast on paper, 5.4 ms. Nothing here waits for the
@@ -22,7 +23,8 @@ device, and no kernel uses atomic additions: every result has the same bits in e
 Imported only where there is a GPU and Triton; `experts` and `sums` hold the plain versions of the same functions, but for products in FP8.
 
 Shape suffixes: N = tokens of a micro-batch laid end to end, P = routed (token, expert) pairs sorted by expert, K = experts per token,
-E = experts, D = hidden size, I = inner size of an expert, S = rows of sums, Q = the six sums.
+E = experts, D = hidden size, I = inner size of an expert, S = rows of sums, Q = the six sums, M = tiles of a grouped product, or sampled
+tokens.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
@@ -275,6 +277,42 @@ def combine(
             out_PD.contiguous(), gate_P, place_P, result, norm_P, width, TOP_K=top_k, BLOCK=_block(width), num_warps=8
         )
     return result, norm_P
+
+
+@triton.jit
+def _turns_kernel(before, after, place, square, turn, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(place + row).to(tl.int64)
+    own = tl.zeros([BLOCK], tl.float32)
+    other = tl.zeros([BLOCK], tl.float32)
+    product = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        b = tl.load(before + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        a = tl.load(after + source * width + column, mask=column < width, other=0.0).to(tl.float32)
+        own += b * b
+        other += a * a
+        product += b * a
+    squared = tl.sum(own, 0)
+    lengths = tl.maximum(tl.sqrt_rn(squared), 1e-8) * tl.maximum(tl.sqrt_rn(tl.sum(other, 0)), 1e-8)
+    tl.store(square + row, squared)
+    tl.store(turn + row, 1.0 - tl.sum(product, 0) / lengths)
+
+
+def turns(before_MD: Tensor, after_ND: Tensor, place_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared length of rows before, and one minus their cosine to those after, float32 [M]: M sampled tokens, N of a micro-batch.
+
+    Args:
+        before_MD: what the residual stream was.
+        after_ND: what it became.
+        place_M: int64, where the sampled ones lie.
+    """
+    before_MD, after_ND = before_MD.contiguous(), after_ND.contiguous()
+    rows, width = before_MD.shape
+    square_M, turn_M = before_MD.new_empty(2, rows, dtype=torch.float32)
+    if rows:
+        _turns_kernel[(rows,)](before_MD, after_ND, place_M, square_M, turn_M, width, BLOCK=_block(width), num_warps=4)
+    return square_M, turn_M
 
 
 @triton.jit

@@ -2,11 +2,12 @@
 
 The tokens are chosen before the run, by a hash of the seed, their document and their place, so that waves, processes and resumed runs
 agree. On each of them the layer's best-ranked experts are run, whether the model chose them or not; what is kept are scores and the
-products of outputs. The family's selection rule is held to the model's own choices and coefficients on every token that passes.
+products of outputs. The family's selection rule is held to the model's own choices and coefficients on every one of them.
 
 Of 16 million tokens a sample of 32,768 takes 67 in a micro-batch of 32,768, and these have nearly every expert among their candidates: on a
-GPU running them costs what reading all the layer's weights does. So they wait there for those of the next micro-batches. Its grouped
-products in bfloat16 and FP8 give an output the same bits whatever rows are beside it; where others run, a micro-batch runs by itself.
+GPU running them costs what reading all the layer's weights does, and every kernel is one more to be launched beside those of the layer. So
+they wait there for those of the next micro-batches. Grouped products in bfloat16 and FP8 give an output the same bits whatever rows are
+beside it; where others run, a micro-batch runs by itself, and what sums over a row does so everywhere.
 
 Shape suffixes: N = tokens of a micro-batch laid end to end, M = sampled ones of them, T = all sampled tokens, K = experts per token,
 C = candidates, E = experts, G = groups, D = hidden size (domains in `choose_tokens`), U = pairs of candidates, P = pairs.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from reapkit.calibration import CalibrationBatch
 from reapkit.errors import UnsupportedError, UsageError
-from reapkit.experts import RoutedObserver, RoutedPairs
+from reapkit.experts import RoutedObserver, RoutedPairs, running
 from reapkit.layout import MoELayout
 from reapkit.modules import StreamedModel
 from reapkit.samples import SampleWriter
@@ -230,7 +232,7 @@ class _Seen(threading.local):
 
     logits: Tensor | None = None
     stream: Tensor | None = None
-    # Sampled tokens that wait for the end of the layer: what is known of them, their stream before, their places.
+    # Sampled tokens of a layer that has not ended: where what is measured goes, their stream before, their places.
     begun: tuple[_Measured, Tensor, Tensor] | None = None
 
 
@@ -245,13 +247,16 @@ class _Waiting:
 
     Attributes:
         hidden_MD: the experts' input.
-        expert_MC: int64, candidates by falling rank.
-        gram: where the products of their outputs go, float32 [M, U].
+        logits_ME: the router's.
+        expert_MK, gate_MK: the model's own choices and coefficients.
+        done: where what is measured goes.
     """
 
     hidden_MD: Tensor
-    expert_MC: Tensor
-    gram: list[Tensor]
+    logits_ME: Tensor
+    expert_MK: Tensor
+    gate_MK: Tensor
+    done: _Measured
 
 
 @dataclass(frozen=True)
@@ -342,18 +347,16 @@ class RerouteRecorder:
             observe: the other observer.
             is_last: whether no other micro-batch passes a layer after this one, before its weights are gone.
         """
-        device = self._model.device
-        is_real_N = torch.from_numpy(self._batches[number].mask_BT.reshape(-1)).to(device)
         # Copied before any forward runs: a copy from pageable memory would first wait for all that the device has to do.
         place_M = {
-            ahead: torch.from_numpy(self.sample.place_M[number][self._has_next(number, ahead)]).to(device)
+            ahead: torch.from_numpy(self.sample.place_M[number][self._has_next(number, ahead)]).to(self._model.device)
             for ahead in set(map(self._ahead, self.layers))
         }
 
         def record(pairs: RoutedPairs) -> None:
             observe(pairs)
             if pairs.layer in self._routers:
-                self._record(number, pairs, is_real_N, place_M[self._ahead(pairs.layer)])
+                self._record(number, pairs, place_M[self._ahead(pairs.layer)])
                 if is_last:
                     self._run_waiting(pairs)
 
@@ -367,97 +370,98 @@ class RerouteRecorder:
         """Which of a micro-batch's sampled tokens have so many after them, [M]."""
         return self.sample.behind_M[number] >= ahead
 
-    def _record(self, number: int, pairs: RoutedPairs, is_real_N: Tensor, place_M: Tensor) -> None:
+    def _record(self, number: int, pairs: RoutedPairs, place_M: Tensor) -> None:
         logits, stream = _seen.logits, _seen.stream
         _seen.logits = _seen.stream = _seen.begun = None
-        num_tokens = len(is_real_N)
+        num_tokens = len(pairs.expert_NK)
         if logits is None or stream is None or logits.numel() != num_tokens * self.rule.num_experts:
             raise _refused(self._model.layout, f"the router of layer {pairs.layer} does not show its logits")
-        logits_NE, stream_MD = logits.reshape(num_tokens, -1), stream.reshape(num_tokens, -1)[place_M]
-        router = self._routers[pairs.layer]
-        bias_E = None if router.bias is None else getattr(*router.bias)
-        self._wrong += self._count_wrong(pairs, logits_NE, bias_E, self._scale_of(pairs.layer), is_real_N)
         if not len(place_M):
             return
-        expert_MC, score_MC, choice_ME = self._rank(pairs.expert_NK[place_M], logits_NE[place_M], bias_E)
-        stream_sq_M = stream_MD.float().square().sum(-1)
-        done: _Measured = {
-            "expert": [expert_MC.to(torch.int16)],
-            "score": [score_MC],
-            "stream_sq": [stream_sq_M],
-            "gram": [],
-        }
-        if self.rule.num_groups > 1:
-            done["choice"] = [choice_ME]
-        # What comes after the layer is seen when it ends; of an MTP layer it is not.
-        done["turn"] = [torch.ones_like(stream_sq_M)]
+        done = self._done[pairs.layer][number] = defaultdict(list)
+        logits_NE = logits.reshape(num_tokens, -1)
+        for place in torch.split(place_M, TOKENS_AT_ONCE):
+            waiting = sum(len(others.logits_ME) for others in self._waiting)
+            if not self._waits or waiting + len(place) > TOKENS_AT_ONCE:
+                self._run_waiting(pairs)
+            choices = pairs.expert_NK[place], pairs.gate_NK[place]
+            self._waiting.append(_Waiting(pairs.hidden_ND[place], logits_NE[place], *choices, done))
+        stream_MD = stream.reshape(num_tokens, -1)[place_M]
         if pairs.layer < self._model.layout.num_layers:
             _seen.begun = (done, stream_MD, place_M)
-        self._done[pairs.layer][number] = done
-        hidden_MD = pairs.hidden_ND[place_M]
-        for hidden, expert in zip(
-            torch.split(hidden_MD, TOKENS_AT_ONCE), torch.split(expert_MC, TOKENS_AT_ONCE), strict=True
-        ):
-            waiting = sum(len(others.hidden_MD) for others in self._waiting)
-            if not self._waits or waiting + len(hidden) > TOKENS_AT_ONCE:
-                self._run_waiting(pairs)
-            self._waiting.append(_Waiting(hidden, expert, done["gram"]))
+        else:  # what comes after an MTP layer is not seen
+            done["stream_sq"] = [stream_MD.float().square().sum(-1)]
+            done["turn"] = [torch.ones_like(done["stream_sq"][0])]
 
-    def _scale_of(self, layer: int) -> Tensor | None:
-        owner = self._routers[layer].expert_scale
-        return None if owner is None else getattr(*owner).float()
+    def _run_waiting(self, pairs: RoutedPairs) -> None:
+        """Measure the waiting tokens, all of the layer in which `pairs` are."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        hidden_MD, logits_ME, expert_MK, gate_MK = (
+            torch.cat([getattr(part, name) for part in waiting])
+            for name in ("hidden_MD", "logits_ME", "expert_MK", "gate_MK")
+        )
+        router = self._routers[pairs.layer]
+        bias_E = None if router.bias is None else getattr(*router.bias)
+        scale_E = None if router.expert_scale is None else getattr(*router.expert_scale).float()
+        score_ME, choice_ME = scores_of(self.rule, logits_ME, bias_E)
+        rounding = ROUNDINGS * torch.finfo(logits_ME.dtype).eps
+        self._wrong += self._count_wrong(score_ME, choice_ME, expert_MK, gate_MK, scale_E, rounding)
+        expert_MC = self._rank(choice_ME, expert_MK)
+        expert_P, order_P = torch.sort(expert_MC.reshape(-1), stable=True)
+        out_PD = pairs.compute(hidden_MD, order_P // self.candidates, expert_P)
+        out = torch.empty_like(out_PD)
+        out[order_P] = out_PD
+        measured = {"expert": expert_MC.to(torch.int16), "score": score_ME.gather(1, expert_MC)}
+        if self.rule.num_groups > 1:
+            measured["choice"] = choice_ME
+        sizes = [len(part.logits_ME) for part in waiting]
+        for name, values in measured.items():
+            for part, own in zip(waiting, torch.split(values, sizes), strict=True):
+                part.done[name].append(own)
+        out_MCD = out.view(*expert_MC.shape, -1)
+        if scale_E is not None:
+            out_MCD = out_MCD.float() * scale_E[expert_MC].unsqueeze(-1)
+        for part, own_MCD in zip(waiting, torch.split(out_MCD, sizes), strict=True):
+            wide_MCD = own_MCD.float()
+            gram_MCC = torch.bmm(wide_MCD, wide_MCD.transpose(1, 2))
+            part.done["gram"].append(gram_MCC[:, *self._upper])
 
     def _count_wrong(
-        self, pairs: RoutedPairs, logits_NE: Tensor, bias_E: Tensor | None, scale_E: Tensor | None, is_real_N: Tensor
+        self,
+        score_ME: Tensor,
+        choice_ME: Tensor,
+        expert_MK: Tensor,
+        gate_MK: Tensor,
+        scale_E: Tensor | None,
+        rounding: float,
     ) -> Tensor:
-        """Tokens for which the rule does not give the model's choices and coefficients, rounding and ties aside."""
-        rule, expert_NK, gate_NK = self.rule, pairs.expert_NK, pairs.gate_NK
-        score_NE, choice_NE = scores_of(rule, logits_NE, bias_E)
-        limited_NE = limit_to_groups(rule, choice_NE)
+        """Tokens for which the rule does not give the model's choices and coefficients, ties and the rounding of logits and gates aside."""
+        limited_ME = limit_to_groups(self.rule, choice_ME)
         # Theirs are the best where none of the others is better than the worst of them.
-        least_N = limited_NE.gather(1, expert_NK).amin(-1)
-        best_other_N = limited_NE.scatter(1, expert_NK, -torch.inf).amax(-1)
-        own_NK = coefficients(rule, score_NE.gather(1, expert_NK))
+        least_M = limited_ME.gather(1, expert_MK).amin(-1)
+        best_other_M = limited_ME.scatter(1, expert_MK, -torch.inf).amax(-1)
+        is_other_M = best_other_M - least_M > rounding * best_other_M.abs().clamp(min=1)
+        own_MK = coefficients(self.rule, score_ME.gather(1, expert_MK))
         if scale_E is not None:
-            own_NK = own_NK * scale_E[expert_NK]
-        rounding = ROUNDINGS * torch.finfo(logits_NE.dtype).eps
-        is_other_N = best_other_N - least_N > rounding * best_other_N.abs().clamp(min=1)
-        rounding = ROUNDINGS * max(torch.finfo(gate_NK.dtype).eps, torch.finfo(logits_NE.dtype).eps)
-        gate_NK = gate_NK.float()
-        is_other_N |= ((own_NK - gate_NK).abs() > rounding * gate_NK.abs().amax(-1, keepdim=True)).any(-1)
-        return (is_other_N & is_real_N).sum()
+            own_MK = own_MK * scale_E[expert_MK]
+        rounding = max(rounding, ROUNDINGS * torch.finfo(gate_MK.dtype).eps)
+        gate_MK = gate_MK.float()
+        is_other_M |= ((own_MK - gate_MK).abs() > rounding * gate_MK.abs().amax(-1, keepdim=True)).any(-1)
+        return is_other_M.sum()
 
-    def _rank(self, chosen_MK: Tensor, logits_ME: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates, the model's choices and the best of the others, [M, C] by falling rank, their scores, and all experts' ranks."""
-        score_ME, choice_ME = scores_of(self.rule, logits_ME, bias_E)
+    def _rank(self, choice_ME: Tensor, chosen_MK: Tensor) -> Tensor:
+        """The candidates, the model's choices and the best of the others, [M, C] by falling rank."""
         order_MK = choice_ME.gather(1, chosen_MK).argsort(dim=-1, descending=True, stable=True)
         chosen_MK = chosen_MK.gather(1, order_MK)
         others_ME = choice_ME.scatter(1, chosen_MK, -torch.inf)
         next_MC = others_ME.topk(self.candidates - self.rule.top_k, dim=-1).indices
         expert_MC = torch.cat((chosen_MK, next_MC), dim=-1)
-        if self.rule.num_groups > 1:
-            by_rank_MC = choice_ME.gather(1, expert_MC).argsort(dim=-1, descending=True, stable=True)
-            expert_MC = expert_MC.gather(1, by_rank_MC)
-        return expert_MC, score_ME.gather(1, expert_MC), choice_ME
-
-    def _run_waiting(self, pairs: RoutedPairs) -> None:
-        """Run the candidates of waiting tokens, all of the layer in which `pairs` are."""
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, []
-        expert_MC = torch.cat([part.expert_MC for part in waiting])
-        expert_P, order_P = torch.sort(expert_MC.reshape(-1), stable=True)
-        out_PD = pairs.compute(torch.cat([part.hidden_MD for part in waiting]), order_P // self.candidates, expert_P)
-        out = torch.empty_like(out_PD)
-        out[order_P] = out_PD
-        scale_E = self._scale_of(pairs.layer)
-        sizes = [len(part.hidden_MD) for part in waiting]
-        for part, out_MCD in zip(waiting, torch.split(out.view(*expert_MC.shape, -1), sizes), strict=True):
-            out_MCD = out_MCD.float()
-            if scale_E is not None:
-                out_MCD = out_MCD * scale_E[part.expert_MC].unsqueeze(-1)
-            gram_MCC = torch.bmm(out_MCD, out_MCD.transpose(1, 2))
-            part.gram.append(gram_MCC[:, *self._upper])
+        if self.rule.num_groups == 1:
+            return expert_MC
+        by_rank_MC = choice_ME.gather(1, expert_MC).argsort(dim=-1, descending=True, stable=True)
+        return expert_MC.gather(1, by_rank_MC)
 
     def flush(self, layer: int, writer: SampleWriter) -> None:
         """Write what micro-batches left in a layer; waits for the device.
@@ -504,8 +508,16 @@ def _note_turn(layer: nn.Module, args: Any, output: Any) -> None:
         return
     (done, before_MD, place_M), _seen.begun = _seen.begun, None
     after_BTD = output if isinstance(output, Tensor) else output[0]
-    after_MD = after_BTD.reshape(-1, after_BTD.shape[-1])[place_M]
-    done["turn"] = [1 - nn.functional.cosine_similarity(before_MD.float(), after_MD.float(), dim=-1)]
+    after_ND = after_BTD.reshape(-1, after_BTD.shape[-1])
+    turns = _turns if running.kernels is None else running.kernels.turns
+    for name, values_M in zip(("stream_sq", "turn"), turns(before_MD, after_ND, place_M), strict=True):
+        done[name] = [values_M]
+
+
+def _turns(before_MD: Tensor, after_ND: Tensor, place_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared length of rows before, and one minus their cosine to those after, float32 [M]."""
+    before_MD, after_MD = before_MD.float(), after_ND[place_M].float()
+    return before_MD.square().sum(-1), 1 - nn.functional.cosine_similarity(before_MD, after_MD, dim=-1)
 
 
 def _note_stream(norm: nn.Module, args: Any) -> None:
