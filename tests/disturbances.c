@@ -181,6 +181,26 @@ ssize_t read(int file, void *bytes, size_t count) {
 READS_AT(pread, off_t)
 READS_AT(pread64, off64_t)
 
+#define READS_INTO(function)                                                                   \
+    ssize_t function(int file, const struct iovec *parts, int count, off64_t from) {           \
+        REAL(ssize_t, #function, int, const struct iovec *, int, off64_t);                     \
+        const char *path = name_of(file);                                                      \
+        if (path && boundary("read", path, 1) == REFUSED) return -1;                           \
+        return real(file, parts, count, from);                                                 \
+    }
+READS_INTO(preadv)
+READS_INTO(preadv64)
+
+#define READS_INTO_BY(function)                                                                \
+    ssize_t function(int file, const struct iovec *parts, int count, off64_t from, int how) {  \
+        REAL(ssize_t, #function, int, const struct iovec *, int, off64_t, int);                \
+        const char *path = name_of(file);                                                      \
+        if (path && boundary("read", path, 1) == REFUSED) return -1;                           \
+        return real(file, parts, count, from, how);                                            \
+    }
+READS_INTO_BY(preadv2)
+READS_INTO_BY(preadv64v2)
+
 #define ON_A_FILE(function, name)                                                              \
     int function(int file) {                                                                   \
         REAL(int, #function, int);                                                             \

@@ -577,6 +577,41 @@ def test_short_copies_by_the_kernel_are_continued(
     assert contents(tmp_path / "out") == contents(pruned["m2"])
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no reading past the page cache")
+@pytest.mark.parametrize("most", [4096, 3 * 4096, 8 << 20])
+def test_what_is_read_past_the_page_cache_is_the_same(
+    plan_for: PlanFor, m2: Path, pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """From any place to any place of a file, however much is read at once."""
+    read, calls = os.preadv, 0
+
+    def count(*arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return read(*arguments)
+
+    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(shards, "_DIRECT_BYTES", most)
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: pytest.fail("copied otherwise"), raising=False)
+    monkeypatch.setattr(os, "major", lambda device: 8)  # wherever the tests run
+    monkeypatch.setattr(os, "preadv", count)
+    shards.write(*plan_for(m2, KEEP), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(pruned["m2"])
+    assert calls > 10
+
+
+def test_where_the_page_cache_cannot_be_gone_past_bytes_are_copied_as_before(
+    plan_for: PlanFor, m2: Path, pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(os, "preadv", refuse)
+    shards.write(*plan_for(m2, KEEP), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(pruned["m2"])
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_experts_along_any_axis_are_taken_byte_for_byte(tmp_path: Path, axis: int) -> None:
     stacked = torch.randn(4, 4, 4).to(torch.bfloat16)
@@ -706,7 +741,11 @@ def test_too_little_space_is_said_with_the_numbers_before_anything_is_written(
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-def test_a_source_that_shrinks_while_it_is_read_is_named(plan_for: PlanFor, m2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", [1, 1 << 20], ids=["past the page cache", "through it"])
+def test_a_source_that_shrinks_while_it_is_read_is_named(
+    plan_for: PlanFor, m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr(shards, "_LEAST_DIRECT", least)
     copy = shutil.copytree(m2, tmp_path / "copy")
     checkpoint, layout, plan = plan_for(copy, KEEP)
     last = checkpoint.files[-1]

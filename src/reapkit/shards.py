@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import FileIO
@@ -73,6 +74,8 @@ _FILES_AT_ONCE = 4
 _METADATA = {"format": "pt"}
 # Large enough that calls cost nothing, small enough that progress moves and an interrupt is heard on a slow disk.
 _CHUNK_BYTES = 16 << 20
+# Ranges from this size on are read past the page cache, in pieces of at most this size, from places and to memory aligned to blocks.
+_LEAST_DIRECT, _DIRECT_BYTES, _BLOCK_BYTES = 1 << 20, 8 << 20, 4096
 # copy_file_range is refused between these kinds of files; plain reads and writes still work. Erring on the long side is safe: a real
 # failure comes back from the plain copy.
 _NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
@@ -566,12 +569,12 @@ def _write_shard(
     if landing.comes_from_the_hub(checkpoint, tensors):
         landing.land(checkpoint, header, tensors, path, path.parent / LANDED / f"{path.name}.jsonl", advance)
         return
-    with _copying(checkpoint, source_file, path) as (source, target):
+    with _copying(checkpoint, source_file, path) as (source, target), _Direct.opened(source) as direct:
         write_all(target, header)
         advance(len(header))
         for piece in _joined(_pieces(checkpoint, tensors)):
             if isinstance(piece, tuple):
-                _copy_range(source, target, *piece, file=source_file, advance=advance)
+                _copy_range(source, target, *piece, file=source_file, advance=advance, direct=direct)
             else:
                 write_all(target, piece)
                 advance(len(piece))
@@ -607,9 +610,47 @@ def _joined(pieces: Iterable[tuple[int, int] | memoryview]) -> Iterator[tuple[in
         yield start, stop
 
 
-def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance) -> None:
-    """Append a byte range, inside the kernel where the file systems allow it."""
-    if hasattr(os, "copy_file_range"):
+class _Direct:
+    """A file that is read past the page cache.
+
+    What is read is needed once. The page cache would hold it in place of what is written, and the system, which sees a file that is read
+    from end to end, would read the gaps between kept ranges too.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # aligned to pages
+
+    @classmethod
+    @contextmanager
+    def opened(cls, source: FileIO) -> Iterator[_Direct | None]:
+        """The same file once more; None where it does not lie on a disk by itself (but on the network or in memory), or that is refused."""
+        direct = None
+        with ExitStack() as stack:
+            if hasattr(os, "O_DIRECT") and os.major(os.fstat(source.fileno()).st_dev):
+                with suppress(OSError):
+                    descriptor = os.open(source.name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                    stack.callback(os.close, descriptor)
+                    trial = cls(descriptor)
+                    trial.read(0, 1)
+                    direct = trial
+            yield direct
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes of a range, from its beginning and not always to its end; none where the file has ended. Good until the next reading."""
+        first = start - start % _BLOCK_BYTES
+        count = min(stop - first + -stop % _BLOCK_BYTES, _DIRECT_BYTES)
+        count = os.preadv(self._descriptor, [self._buffer[:count]], first)
+        return self._buffer[start - first : max(start - first, min(count, stop - first))]
+
+
+def _copy_range(
+    source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance, direct: _Direct | None
+) -> None:
+    """Append a byte range: a long one read past the page cache, a short one inside the kernel where the file systems allow it."""
+    if stop - start < _LEAST_DIRECT:
+        direct = None
+    if direct is None and hasattr(os, "copy_file_range"):
         while start < stop:
             try:
                 count = os.copy_file_range(source.fileno(), target.fileno(), min(stop - start, _CHUNK_BYTES), start)
@@ -623,7 +664,8 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
             advance(count)
     source.seek(start)
     while start < stop:
-        chunk = _read(source, min(stop - start, _CHUNK_BYTES), file=file)
+        with reading(file):
+            chunk = source.read(min(stop - start, _CHUNK_BYTES)) if direct is None else direct.read(start, stop)
         if not chunk:
             raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
         write_all(target, chunk)
@@ -634,7 +676,7 @@ def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: 
 def _copy_sidecar(checkpoint: Checkpoint, name: str, out: Path) -> None:
     make_folder((out / name).parent)
     with _copying(checkpoint, name, out / name) as (source, target):
-        while chunk := _read(source, _CHUNK_BYTES, file=name):
+        while chunk := _read(source, file=name):
             write_all(target, chunk)
 
 
@@ -647,6 +689,6 @@ def _copying(checkpoint: Checkpoint, file: str, path: Path) -> Iterator[tuple[Fi
         yield source, target
 
 
-def _read(source: FileIO, count: int, *, file: str) -> bytes:
+def _read(source: FileIO, *, file: str) -> bytes:
     with reading(file):
-        return source.read(count)
+        return source.read(_CHUNK_BYTES)
