@@ -59,8 +59,9 @@ _FP8_CAPABILITY = (9, 0)
 _FP8_WEIGHTS = ("F8_E4M3", "scaled", (FP8_BLOCK, FP8_BLOCK), 2)
 _SMALLEST_SHARE, _SMALLEST_SCALE = 1e-6, 1e-20
 _DAMAGED = "fetch the checkpoint again: its weights are damaged"
-# glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it.
+# glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it; of the heap's end so much stays when free.
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
+_M_TRIM_THRESHOLD, _SPARE_BYTES = -1, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -667,11 +668,14 @@ def _map_large_tensors() -> None:
     """Keep suspended hidden states and a layer's temporaries from breaking up each other's memory.
 
     glibc moves its threshold up with what is freed, and then lays both out in one heap: a fourth more than what is suspended was taken
-    (benchmarks/activation_budget.py).
+    (benchmarks/activation_budget.py). Where the threshold is set, glibc also gives back all but 128 KB of what is free at the heap's end,
+    which every step would take anew.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+            libc.mallopt(_M_TRIM_THRESHOLD, _SPARE_BYTES)
 
 
 def build_meta_model(
