@@ -279,6 +279,18 @@ def test_a_rule_that_is_not_the_models_is_refused(
     assert not (tmp_path / "s.safetensors").exists()
 
 
+def test_a_rule_that_gives_the_models_coefficients_but_not_its_choices_is_refused(
+    folder: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the selection bias others are best; the coefficients of those that the model chose stay what they are."""
+    right = rerouting.scores_of
+    monkeypatch.setattr(rerouting, "scores_of", lambda rule, logits_NE, bias_E: right(rule, logits_NE, None))
+    with pytest.raises(
+        UnsupportedError, match=r"the declared selection rule does not give .* for [\d,]+ tokens of layer 0"
+    ):
+        observation(folder, text).write(tmp_path / "s.safetensors")
+
+
 def test_too_few_candidates_are_refused(folder: Path, text: str) -> None:
     with pytest.raises(UsageError, match="--reroute-candidates 2 are too few: each token is routed to 2 experts"):
         observation(folder, text, reroute=Reroute(100, 2))
