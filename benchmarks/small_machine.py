@@ -43,24 +43,17 @@ def main() -> int:
     usage: dict[str, list[Any]] = {"forward": [], "observe": []}
     for _ in range(2):
         for name in times:
-            command = [
-                sys.executable,
-                __file__,
-                "--rows",
-                str(arguments.rows),
-                "--rounds",
-                str(arguments.rounds),
-                "--child",
-                name,
-            ]
+            options = f"--rows {arguments.rows} --rounds {arguments.rounds} --child {name}".split()
+            command = [sys.executable, __file__, *options]
             reply = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             seconds, used = json.loads(reply.splitlines()[-1])
             times[name] += seconds
             usage[name] += used
     plain, observed = (stats.median(times[name]) for name in ("forward", "observe"))
+    result = observation(arguments.rows).run()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "statistics.safetensors"
-        observation(arguments.rows).run().save(path)
+        result.save(path)
         starts = {
             "reapkit --help": started(arguments.rounds, "--help"),
             "reapkit plan": started(
@@ -68,8 +61,7 @@ def main() -> int:
             ),
         }
     figures = {"observe / forward": observed / plain} | {name: stats.median(values) for name, values in starts.items()}
-    tokens = sum(int(batch.length_B.sum()) for batch in observation(arguments.rows).batches)
-    print(f"{tokens:,} tokens: forward {plain:.2f} s, observed {observed:.2f} s")
+    print(f"{result.num_tokens:,} tokens: forward {plain:.2f} s, observed {observed:.2f} s")
     for name, rounds in usage.items():
         user, system, faults = np.median(rounds, axis=0)
         print(

@@ -304,6 +304,14 @@ class MoELayout:
         return f"{name[: claim.start]}{expert}{name[claim.stop :]}"
 
 
+def tokens_ahead(layer: int, num_layers: int) -> int:
+    """How many of the next tokens a layer takes: none, but MTP layers, which follow the others, one and more.
+
+    The last tokens of a document do not have them.
+    """
+    return max(0, layer - num_layers + 1)
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which checkpoint something was made from: by its bytes, whatever it was called.

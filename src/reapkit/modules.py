@@ -327,18 +327,20 @@ class StreamedModel:
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
                 return read(info)
 
+        def finish(values: Mapping[str, Tensor]) -> None:
+            for name, scale in scales.items():
+                on_device = scale.to(self.device, non_blocking=True)
+                targets[scale_of(name)] = _usable(on_device, heights[name] // FP8_BLOCK)
+            self._require_finite(values, targets, places)
+
         if self._copies is None:
             values = dict(filter(None, map(read, weights)))
-            targets |= {scale_of(name): _usable(scale, heights[name] // FP8_BLOCK) for name, scale in scales.items()}
-            self._require_finite(values, targets, places)
+            finish(values)
         else:
             with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
                 values = dict(filter(None, readers.map(read_aside, weights)))
             with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-                for name, scale in scales.items():
-                    on_device = scale.to(self.device, non_blocking=True)
-                    targets[scale_of(name)] = _usable(on_device, heights[name] // FP8_BLOCK)
-                self._require_finite(values, targets, places)
+                finish(values)
             self._copies.synchronize()
         tensors = self.checkpoint.tensors
         return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}

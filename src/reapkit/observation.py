@@ -35,7 +35,7 @@ from reapkit.errors import CheckpointError, DataError, ResourceError, Unsupporte
 from reapkit.evidence import agreement_of_halves
 from reapkit.experts import experts_of
 from reapkit.interrupts import deferred, safe_point
-from reapkit.layout import Identity
+from reapkit.layout import Identity, tokens_ahead
 from reapkit.memory import free_memory, total_memory
 from reapkit.modules import StreamedModel, SuspendedForwards, load_processor, load_tokenizer
 from reapkit.outputs import alone, discard, lock_of, unfinished
@@ -571,8 +571,7 @@ class Observation:
         )
         for index, layer in layers.items():
             layer.require_finite(index)
-            # An MTP layer takes the next token, which the last ones of a document do not have.
-            ahead = max(0, index - self.layout.num_layers + 1)
+            ahead = tokens_ahead(index, self.layout.num_layers)
             expected = int((lengths - ahead).clip(0).sum())
             if (seen := int(layer.tokens_S.sum())) != expected:
                 raise UnsupportedError(

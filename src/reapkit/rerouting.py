@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from reapkit.calibration import CalibrationBatch
 from reapkit.errors import UnsupportedError, UsageError
 from reapkit.experts import RoutedObserver, RoutedPairs, running
-from reapkit.layout import MoELayout
+from reapkit.layout import MoELayout, tokens_ahead
 from reapkit.modules import StreamedModel
 from reapkit.samples import SampleWriter
 from reapkit.selection import Rule
@@ -291,7 +291,6 @@ class RerouteRecorder:
         self.sample = choose_tokens(batches, tokens=reroute.tokens, seed=seed)
         self.layers = layout.layer_indices + (layout.mtp_indices if model.mtp is not None else ())
         self._model = model
-        self._batches = batches
         self._routers: dict[int, _Router] = {}
         self._done: dict[int, dict[int, _Measured]] = {index: {} for index in self.layers}
         self._waiting: list[_Waiting] = []
@@ -363,8 +362,7 @@ class RerouteRecorder:
         return record
 
     def _ahead(self, layer: int) -> int:
-        """How many of the next tokens a layer needs: MTP layers take one and more, which the last of a document do not have."""
-        return max(0, layer - self._model.layout.num_layers + 1)
+        return tokens_ahead(layer, self._model.layout.num_layers)
 
     def _has_next(self, number: int, ahead: int) -> NDArray[np.bool_]:
         """Which of a micro-batch's sampled tokens have so many after them, [M]."""

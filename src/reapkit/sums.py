@@ -21,6 +21,7 @@ from torch import Tensor
 from reapkit.calibration import CalibrationBatch
 from reapkit.errors import DataError
 from reapkit.experts import RoutedObserver, RoutedPairs
+from reapkit.layout import tokens_ahead
 from reapkit.statistics import NUM_FOLDS, SUM_NAMES, LayerStatistics
 
 # Greater than any micro-batch x E + expert.
@@ -67,8 +68,7 @@ class RoutedSums:
         rows(0)  # in a layer the copy would first wait for all that the device has to do
 
         def observe(pairs: RoutedPairs) -> None:
-            # An MTP layer takes the next token, which the last ones of a document do not have.
-            row_N, tokens_S = rows(max(0, pairs.layer - self._num_layers + 1))
+            row_N, tokens_S = rows(tokens_ahead(pairs.layer, self._num_layers))
             self._layers[pairs.layer].add(pairs, row_N, tokens_S, number)
 
         return observe
