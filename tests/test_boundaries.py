@@ -245,8 +245,10 @@ def test_a_disk_that_no_longer_gives_the_checkpoint_is_one_sentence_and_names_th
     reads = disturbances.calls(words, said, source, reads=True)
     if verb != "verify":
         shutil.rmtree(out, ignore_errors=True)
-    last = {path: number for number, (_, path) in enumerate(reads, 1)}
-    places = range(1, len(reads) + 1) if ALL else sorted(last.values())
+    # The last opening of a shard and what is read first from it are those past the page cache, where the disk allows that.
+    last = {(path, call == "open"): number for number, (call, path) in enumerate(reads, 1)}
+    first = [number + 1 for (path, is_open), number in last.items() if is_open and ".safetensors" in path]
+    places = range(1, len(reads) + 1) if ALL else sorted({*last.values(), *first})
     for number in places:
         call, path = reads[number - 1]
         ended = disturbances.run(words, said, Disturbance("fail on", source, number, errno.EIO, reads=True))

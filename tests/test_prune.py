@@ -612,6 +612,21 @@ def test_where_the_page_cache_cannot_be_gone_past_bytes_are_copied_as_before(
     assert contents(tmp_path / "out") == contents(pruned["m2"])
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no reading past the page cache")
+def test_a_disk_that_refuses_to_be_read_past_the_page_cache_is_not_asked_otherwise(
+    plan_for: PlanFor, m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken disk is told from a file system that cannot read so."""
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "major", lambda device: 8)  # wherever the tests run
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read: Input/output error"):
+        shards.write(*plan_for(m2, KEEP), tmp_path / "out")
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_experts_along_any_axis_are_taken_byte_for_byte(tmp_path: Path, axis: int) -> None:
     stacked = torch.randn(4, 4, 4).to(torch.bfloat16)

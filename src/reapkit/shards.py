@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import FileIO
@@ -79,6 +79,8 @@ _LEAST_DIRECT, _DIRECT_BYTES, _BLOCK_BYTES = 1 << 20, 8 << 20, 4096
 # copy_file_range is refused between these kinds of files; plain reads and writes still work. Erring on the long side is safe: a real
 # failure comes back from the plain copy.
 _NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+# What a file system says that does not read past the page cache.
+_NO_DIRECT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 Advance = Callable[[int], None]
 
@@ -569,7 +571,10 @@ def _write_shard(
     if landing.comes_from_the_hub(checkpoint, tensors):
         landing.land(checkpoint, header, tensors, path, path.parent / LANDED / f"{path.name}.jsonl", advance)
         return
-    with _copying(checkpoint, source_file, path) as (source, target), _Direct.opened(source) as direct:
+    with (
+        _copying(checkpoint, source_file, path) as (source, target),
+        _Direct.opened(source, file=source_file) as direct,
+    ):
         write_all(target, header)
         advance(len(header))
         for piece in _joined(_pieces(checkpoint, tensors)):
@@ -623,17 +628,22 @@ class _Direct:
 
     @classmethod
     @contextmanager
-    def opened(cls, source: FileIO) -> Iterator[_Direct | None]:
-        """The same file once more; None where it does not lie on a disk by itself (but on the network or in memory), or that is refused."""
+    def opened(cls, source: FileIO, *, file: str) -> Iterator[_Direct | None]:
+        """The same file once more; None where it does not lie on a disk by itself (but on the network or in memory), or its file system
+        does not read so."""
         direct = None
         with ExitStack() as stack:
             if hasattr(os, "O_DIRECT") and os.major(os.fstat(source.fileno()).st_dev):
-                with suppress(OSError):
-                    descriptor = os.open(source.name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-                    stack.callback(os.close, descriptor)
-                    trial = cls(descriptor)
-                    trial.read(0, 1)
-                    direct = trial
+                with reading(file):
+                    try:
+                        descriptor = os.open(source.name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                        stack.callback(os.close, descriptor)
+                        trial = cls(descriptor)
+                        trial.read(0, 1)
+                        direct = trial
+                    except OSError as error:
+                        if error.errno not in _NO_DIRECT:
+                            raise
             yield direct
 
     def read(self, start: int, stop: int) -> memoryview:
