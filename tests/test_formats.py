@@ -132,6 +132,16 @@ def test_dequantising_partial_blocks_equals_a_loop(shape: tuple[int, int], dtype
     assert torch.equal(dequantize_blocks(weight, scale, block=(128, 128), dtype=dtype), reference)
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("block", [(4, 8), (16, 16), (5, 7)])
+def test_every_byte_is_dequantised_as_torch_reads_it(stored: torch.dtype, block: tuple[int, int]) -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(stored).view(16, 16)
+    scale = torch.rand(-(-16 // block[0]), -(-16 // block[1])) + 0.5
+    row, column = torch.arange(16)[:, None] // block[0], torch.arange(16)[None] // block[1]
+    found = dequantize_blocks(weight, scale, block=block, dtype=torch.float32)
+    torch.testing.assert_close(found, weight.float() * scale[row, column], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
 def test_bytes_of_scales_are_exponents(dtype: torch.dtype) -> None:
     exponents = torch.arange(256, dtype=torch.uint8)

@@ -7,8 +7,11 @@ on one matrix [M, N] at a time: rows are outputs, columns are inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reapkit.checkpoint import Checkpoint
@@ -163,8 +166,26 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, *, block: tuple[int, int], 
     The same arithmetic as transformers' own dequantisation, which it equals bit for bit.
     """
     rows, columns = weight.shape
-    expanded = scale.to(torch.float32).repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return (weight.to(torch.float32) * expanded).to(dtype)
+    values, scale = _in_float32(weight), scale.to(torch.float32)
+    if (rows, columns) == (len(scale) * block[0], scale.shape[1] * block[1]):
+        values.view(len(scale), block[0], -1, block[1]).mul_(scale[:, None, :, None])
+    else:
+        values *= scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return values.to(dtype)
+
+
+def _in_float32(stored: Tensor) -> Tensor:
+    """A new tensor of the same values. On a CPU torch converts a byte in 3 ns, where a table of all 256 takes one."""
+    if stored.device.type == "cpu" and stored.dtype.is_floating_point and stored.element_size() == 1:
+        return torch.from_numpy(np.take(_values_of(stored.dtype), stored.view(torch.uint8).numpy(), mode="clip"))
+    return stored.to(torch.float32, copy=True)
+
+
+@cache
+def _values_of(dtype: torch.dtype) -> NDArray[np.float32]:
+    """The values of a dtype of one byte, float32 [256], by their bits."""
+    values: NDArray[np.float32] = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).numpy()
+    return values
 
 
 def dequantize_fp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
