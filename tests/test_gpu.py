@@ -222,8 +222,8 @@ def test_an_experts_output_has_the_same_bits_whatever_rows_are_beside_it(
         if is_fp8:
             result: Tensor = kernels.experts_fp8(hidden_PD, None, expert_P, gate_up, gate_up_scale, down, down_scale)
             return result
-        inner_PI = kernels.swiglu(_grouped_linear(hidden_PD, gate_up.bfloat16(), expert_P))
-        return _grouped_linear(inner_PI, down.bfloat16(), expert_P)
+        inner_PI = kernels.swiglu(_grouped_linear(hidden_PD, gate_up.bfloat16(), expert_P, "gate_up_proj"))
+        return _grouped_linear(inner_PI, down.bfloat16(), expert_P, "down_proj")
 
     expert_P, _, _ = routed_pairs(4096, experts, 4)
     hidden_PD = (torch.randn(len(expert_P), hidden, device="cuda") / 60).bfloat16()

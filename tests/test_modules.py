@@ -22,6 +22,7 @@ from reapkit import modules
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import Checkpoint
 from reapkit.errors import CheckpointError, UnsupportedError
+from reapkit.experts import Workspace
 from reapkit.formats import dequantize_blocks
 from reapkit.layout import resolve
 from reapkit.modules import StreamedModel, SuspendedForwards, build_meta_model, load_tokenizer
@@ -102,6 +103,61 @@ def test_streamed_logits_in_bfloat16_equal_the_whole_models_with_its_routers_in_
     streamed = streamed_logits(streamed_model(checkpoints[name], dtype=torch.bfloat16), inputs)
     same = full_logits(full_model(checkpoints[name], dtype=torch.bfloat16, experts="reapkit"), inputs)
     assert all(torch.equal(ours, reference) for ours, reference in zip(streamed, same, strict=True))
+
+
+@pytest.mark.parametrize("name", ["m2-bf16", "m2-fp8"])
+def test_several_threads_that_read_give_what_one_gives(checkpoints: dict[str, Path], name: str) -> None:
+    model = streamed_model(checkpoints[name])
+    one = model.fetch(1)
+    model._num_readers = 3
+    several = model.fetch(1)
+    assert list(one) == list(several) and all(torch.equal(value, several[key]) for key, value in one.items())
+
+
+def test_reading_beside_a_forward_takes_one_core_and_leaves_the_others_as_they_were(m2: Path) -> None:
+    model = streamed_model(m2)
+    counts: dict[str, int] = {}
+
+    def fetch(index: int) -> dict[str, torch.Tensor]:
+        counts["loader"] = torch.get_num_threads()
+        return StreamedModel.fetch(model, index)
+
+    model.fetch = fetch  # type: ignore[method-assign]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        streamed_logits(model, token_batches(), lambda *_: counts.update(computing=torch.get_num_threads()))
+        later = threading.Thread(target=lambda: counts.update(later=torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == {"loader": 1, "computing": 2, "later": 2}
+
+
+def test_experts_of_all_layers_and_micro_batches_share_their_memory_and_give_it_back(m2: Path) -> None:
+    model, taken = streamed_model(m2), set[int]()
+    assert model.workspace is not None and model.workspace.nbytes == 0
+    workspace, config = model.workspace, model.module.config
+    with SuspendedForwards(model, token_batches()) as forwards:
+        forwards.run_layers(lambda *_: taken.add(workspace.nbytes))
+    pairs = tiny.TOP_K * max(batch.size for batch in token_batches())
+    # Inputs, later the outputs in the tokens' order; gate and up; their product; outputs.
+    assert taken == {4 * pairs * (2 * config.hidden_size + 3 * config.intermediate_size)}
+    assert workspace.nbytes == 0
+
+
+def test_memory_for_one_purpose_is_not_that_for_another_and_grows() -> None:
+    workspace = Workspace()
+    first = workspace.take("a", 3, 4, dtype=torch.float32)
+    assert workspace.take("a", 6, 2, dtype=torch.float32).data_ptr() == first.data_ptr()
+    assert workspace.take("a", 5, dtype=torch.float32).shape == (5,)
+    other = workspace.take("b", 3, 4, dtype=torch.float32)
+    assert other.data_ptr() != first.data_ptr()
+    larger = workspace.take("a", 100, 4, dtype=torch.float32)
+    assert larger.shape == (100, 4) and larger.is_contiguous()
+    assert workspace.take("a", 3, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert workspace.nbytes == 4 * (400 + 12) + 2 * 3
 
 
 def test_a_model_can_be_streamed_again(checkpoints: dict[str, Path]) -> None:

@@ -353,6 +353,16 @@ def test_a_weight_that_is_not_finite_is_named(
         observe(folder, [text], run=RUN, max_length=MAX_LENGTH)
 
 
+def test_finite_weights_whose_sum_is_not_are_no_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Sums say which weights to look at."""
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[PLACES["an expert"]].view(-1)[:4] = 3e38
+
+    model = streamed_model(with_tensors(checkpoints["m2"], tmp_path / "m2", plant))
+    assert max(value.max() for value in model.fetch(2).values()) == torch.tensor(3e38)
+
+
 @pytest.mark.parametrize("where", ["value", "scale"])
 def test_an_fp8_weight_or_scale_that_is_nan_is_named(
     checkpoints: dict[str, Path], text: str, tmp_path: Path, where: str

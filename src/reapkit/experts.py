@@ -13,6 +13,7 @@ E = experts, Z = zero experts, D = hidden size, I = inner size of an expert.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class RoutedPairs:
         norm_P: float32, L2 norm of the expert's output before that.
         expert_NK, gate_NK: the same choices and coefficients token by token, as the model handed them over.
         hidden_ND: the experts' input.
-        compute: from inputs [M, D], places among them and experts, sorted by expert, [P], to the experts' outputs [P, D]: runs any expert
-            on any input.
+        compute: from inputs [M, D], places among them and experts, sorted by expert, [P], to the experts' outputs [P, D], good until the
+            next call: runs any expert on any input.
     """
 
     layer: int
@@ -61,13 +62,43 @@ class RoutedPairs:
 RoutedObserver = Callable[[RoutedPairs], None]
 
 
+class Workspace:
+    """Memory of a CPU for what experts make on their way, taken over and over: the system gives new memory page by page, each cleared.
+
+    Observing m2-nano on two cores spent a fifth of its time on that (benchmarks/RESULTS.md, section 7).
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, purpose: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, the memory of the last one for the same purpose."""
+        count = math.prod(shape)
+        memory = self._memory.get((purpose, dtype))
+        if memory is None or len(memory) < count:
+            memory = None
+            self._memory.pop((purpose, dtype), None)  # before more is taken
+            memory = self._memory[purpose, dtype] = torch.empty(count, dtype=dtype)
+        return memory[:count].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    def clear(self) -> None:
+        """Give all of it back."""
+        self._memory.clear()
+
+
 class _Running(threading.local):
-    """The suspended forward that runs in this thread: the layer that it is in, who observes it, and the fused kernels that it may use."""
+    """The suspended forward that runs in this thread: the layer that it is in, who observes it, the fused kernels that it may use, and
+    on a CPU the memory that it shares with the others."""
 
     forward: Any = None
     layer: int = -1
     observe: RoutedObserver | None = None
     kernels: ModuleType | None = None
+    workspace: Workspace | None = None
 
 
 running = _Running()
@@ -99,13 +130,15 @@ def observed_experts(self: Any, hidden_ND: Tensor, expert_NK: Tensor, gate_NK: T
         def project(inputs: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")[expert_P] if self.has_bias else None
             weight_E = getattr(self, name)
-            return _grouped_linear(inputs, weight_E, expert_P, bias_P=bias, is_transposed=self.is_transposed)
+            return _grouped_linear(inputs, weight_E, expert_P, name, bias_P=bias, is_transposed=self.is_transposed)
 
         inner = project(hidden_PD, "gate_up_proj" if self.has_gate else "up_proj")
-        if running.kernels is not None and _is_swiglu(self):
-            inner = running.kernels.swiglu(inner)
+        if _is_swiglu(self):
+            inner = _swiglu(inner)
+        elif self.has_gate:
+            inner = self._apply_gate(inner)
         else:
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            inner = self.act_fn(inner)
         out_PD = project(inner, "down_proj")
         return self.post_expert_norm(out_PD) if getattr(self, "has_post_expert_norm", False) else out_PD
 
@@ -163,9 +196,24 @@ def _gathered(hidden_ND: Tensor, token_P: Tensor | None) -> Tensor:
     if token_P is None:
         return hidden_ND
     if running.kernels is None:
-        return hidden_ND[token_P]
+        shape = len(token_P), hidden_ND.shape[1]
+        return torch.index_select(hidden_ND, 0, token_P, out=_room("pairs", *shape, like=hidden_ND))
     result: Tensor = running.kernels.gather(hidden_ND, token_P)
     return result
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of halves that lie one after the other, [P, 2 I]; gone afterwards."""
+    if running.kernels is not None:
+        result: Tensor = running.kernels.swiglu(gate_up)
+        return result
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.mul(nn.functional.silu(gate, inplace=True), up, out=_room("inner", *gate.shape, like=gate))
+
+
+def _room(purpose: str, *shape: int, like: Tensor) -> Tensor | None:
+    """Where a result of the plain path goes; None for memory of its own."""
+    return None if running.workspace is None else running.workspace.take(purpose, *shape, dtype=like.dtype)
 
 
 def _combine(
@@ -179,9 +227,12 @@ def _combine(
         result: tuple[Tensor, Tensor] = running.kernels.combine(out_PD, gate_P, order_P, top_k=top_k, dtype=dtype)
         return result
     norm_P = torch.linalg.vector_norm(out_PD, dim=-1, dtype=torch.float32)
-    weighted_PD = out_PD * gate_P.unsqueeze(-1)  # in the gate's dtype
-    unsorted = torch.empty_like(weighted_PD)
-    unsorted[order_P] = weighted_PD
+    # In the wider dtype of both: some routers' coefficients are float32.
+    is_widened = torch.result_type(out_PD, gate_P) != out_PD.dtype
+    weighted_PD = torch.mul(out_PD, gate_P.unsqueeze(-1), out=None if is_widened else out_PD)
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    unsorted = torch.index_select(weighted_PD, 0, place_P, out=_room("pairs", *weighted_PD.shape, like=weighted_PD))
     return unsorted.view(-1, top_k, unsorted.shape[-1]).sum(dim=1).to(dtype), norm_P
 
 
@@ -234,13 +285,32 @@ def keep_fp8(experts: Any) -> bool:
 
 
 def _grouped_linear(
-    inputs: Tensor, weight_E: Tensor, expert_P: Tensor, *, bias_P: Tensor | None = None, is_transposed: bool = False
+    inputs: Tensor,
+    weight_E: Tensor,
+    expert_P: Tensor,
+    name: str,
+    *,
+    bias_P: Tensor | None = None,
+    is_transposed: bool = False,
 ) -> Tensor:
-    """Each row times its expert's weight: [E, out, in], or [E, in, out] if transposed; rows are sorted by expert."""
+    """Each row times its expert's weight: [E, out, in], or [E, in, out] if transposed; rows are sorted by expert.
+
+    The name says which of an expert's weights it is: in a workspace its results have a place of their own.
+    """
     from transformers.integrations.moe import _grouped_linear as grouped
 
     numbers_E = torch.arange(len(weight_E), device=expert_P.device)
     offsets_E = torch.searchsorted(expert_P, numbers_E, right=True).int()
+    if running.workspace is not None:
+        weight_E = weight_E if is_transposed else weight_E.mT
+        inputs = inputs.to(weight_E.dtype)
+        out = running.workspace.take(name, len(inputs), weight_E.shape[2], dtype=weight_E.dtype)
+        begin = 0
+        for weight, end in zip(weight_E, offsets_E.tolist(), strict=True):
+            if end > begin:
+                torch.mm(inputs[begin:end], weight, out=out[begin:end])
+            begin = end
+        return out if bias_P is None else out.add_(bias_P)
     result: Tensor = grouped(inputs, weight_E, offsets_E, bias=bias_P, is_transposed=is_transposed)
     return result
 
@@ -279,9 +349,9 @@ def _adapt_longcat(experts: Any) -> None:
     def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
         hidden_PD = _gathered(hidden_ND, token_P)
         real = int((expert_P < num_experts).sum())
-        gate_up = _grouped_linear(hidden_PD[:real], experts.gate_up_proj, expert_P[:real])
+        gate_up = _grouped_linear(hidden_PD[:real], experts.gate_up_proj, expert_P[:real], "gate_up_proj")
         gate, up = gate_up.chunk(2, dim=-1)
-        out = _grouped_linear(experts.act_fn(gate) * up, experts.down_proj, expert_P[:real])
+        out = _grouped_linear(experts.act_fn(gate) * up, experts.down_proj, expert_P[:real], "down_proj")
         return torch.cat((out, hidden_PD[real:]))
 
     experts.forward = lambda hidden_ND, expert_NK, gate_NK: _routed(
@@ -297,8 +367,8 @@ def _adapt_dbrx(experts: Any) -> None:
         hidden_PD = _gathered(hidden_ND, token_P)
         glu = experts.mlp
         w1, v1, w2 = (weight.view(experts.num_experts, -1, experts.hidden_size) for weight in (glu.w1, glu.v1, glu.w2))
-        gate, up = _grouped_linear(hidden_PD, w1, expert_P), _grouped_linear(hidden_PD, v1, expert_P)
-        return _grouped_linear(glu.activation_fn(gate) * up, w2, expert_P, is_transposed=True)
+        gate, up = _grouped_linear(hidden_PD, w1, expert_P, "w1"), _grouped_linear(hidden_PD, v1, expert_P, "v1")
+        return _grouped_linear(glu.activation_fn(gate) * up, w2, expert_P, "w2", is_transposed=True)
 
     def forward(hidden_BTD: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
         hidden_ND = hidden_BTD.reshape(-1, experts.hidden_size)
@@ -317,8 +387,9 @@ def _adapt_llama4(block: Any) -> None:
 
     def compute(hidden_ND: Tensor, token_P: Tensor | None, expert_P: Tensor) -> Tensor:
         hidden_PD = _gathered(hidden_ND, token_P)
-        gate, up = _grouped_linear(hidden_PD, experts.gate_up_proj, expert_P, is_transposed=True).chunk(2, dim=-1)
-        return _grouped_linear(up * experts.act_fn(gate), experts.down_proj, expert_P, is_transposed=True)
+        gate_up = _grouped_linear(hidden_PD, experts.gate_up_proj, expert_P, "gate_up_proj", is_transposed=True)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _grouped_linear(up * experts.act_fn(gate), experts.down_proj, expert_P, "down_proj", is_transposed=True)
 
     def forward(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         hidden_ND = hidden_BTD.reshape(-1, block.hidden_dim)

@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from reapkit.errors import CheckpointError, DataError, ReapkitError, Unsupported
 from reapkit.experts import (
     EXPERTS_NAME,
     RoutedObserver,
+    Workspace,
     adapt,
     experts_of,
     keep_fp8,
@@ -51,8 +51,9 @@ from reapkit.quantization import FP8_BLOCK, HINT, Format, read_format
 from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
 
-# Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels.
-_READERS = 4
+# Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels. On a CPU, where they
+# also dequantise, one for so many cores, and no more.
+_READERS, _CORES_PER_READER = 4, 4
 # Compute capability of the cards whose products in FP8 were tried (Hopper), what their weights must be, and what of an expert's largest
 # scale its others must be at least, and all of them: a row of zeros has the scale 2e-13, and one over both is still a float32.
 _FP8_CAPABILITY = (9, 0)
@@ -60,7 +61,7 @@ _FP8_WEIGHTS = ("F8_E4M3", "scaled", (FP8_BLOCK, FP8_BLOCK), 2)
 _SMALLEST_SHARE, _SMALLEST_SCALE = 1e-6, 1e-20
 _DAMAGED = "fetch the checkpoint again: its weights are damaged"
 # glibc's malloc.h. From this size on memory is mapped for each tensor, and given back with it; of the heap's end so much stays when free.
-_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 4 << 20
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 8 << 20
 _M_TRIM_THRESHOLD, _SPARE_BYTES = -1, 64 << 20
 
 
@@ -98,6 +99,7 @@ class StreamedModel:
 
     Attributes:
         kernels: the fused kernels, where they are used.
+        workspace: on a CPU, memory for what experts make on their way; for one forward at a time.
         fp8: whether experts are left in FP8.
 
     Raises:
@@ -124,6 +126,8 @@ class StreamedModel:
         self.dtype = dtype
         # Where weights are copied and dequantised beside what runs.
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        cores = torch.get_num_threads()
+        self._num_readers = _READERS if device.type != "cpu" else min(_READERS, max(1, cores // _CORES_PER_READER))
         self.format: Format = read_format(checkpoint)
         if self.format.obstacle is not None:
             raise UnsupportedError(self.format.obstacle, hint=HINT)
@@ -136,6 +140,7 @@ class StreamedModel:
         )
         _require_rotary_dim(self.module, origin=checkpoint.origin)
         self.kernels = None if plain else fused_kernels(device)
+        self.workspace = Workspace() if device.type == "cpu" else None
         if self.kernels is not None:
             fuse(self.module, self.kernels)
         self.layers = _decoder_layers(self.module, layout)
@@ -251,7 +256,9 @@ class StreamedModel:
         self._require_loaded("multi-token prediction", self.mtp.module.layers.modules())
 
     def unload_everything(self) -> None:
-        """Free all weights."""
+        """Free all weights, and what forwards shared."""
+        if self.workspace is not None:
+            self.workspace.clear()
         _to_meta(self.module)
         if self.mtp is not None:
             _to_meta(self.mtp.module)
@@ -299,8 +306,8 @@ class StreamedModel:
         return frozenset((*weights_in_memory, *map(scale_of, weights_in_memory)))
 
     def _decode(self, infos: Sequence[TensorInfo], stacks: Mapping[str, _Slice] | None = None) -> dict[str, Tensor]:
-        """Values by name once dequantised. For a GPU several threads read, and what they read is copied and computed with beside the
-        layer that runs; all of it is done on return.
+        """Values by name once dequantised. Several threads read, for a GPU and where there are many cores; what they read for a GPU is
+        copied and computed with beside the layer that runs. All of it is done on return.
 
         Raises:
             DataError: a value is NaN or infinite.
@@ -313,37 +320,41 @@ class StreamedModel:
 
         def read(info: TensorInfo) -> tuple[str, Tensor] | None:
             place = places.get(info.name)
-            if place is not None and self.fp8:
-                self._read_fp8(info, place, targets[place.target], scales[place.target])
+            with self._aside():
+                if place is not None and self.fp8:
+                    self._read_fp8(info, place, targets[place.target], scales[place.target])
+                    return None
+                value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
+                if place is None:
+                    return info.name, value
+                targets[place.target][place.expert, place.rows] = value
                 return None
-            value = decode(self.checkpoint, info, format=self.format, dtype=self.dtype, device=self.device)
-            if place is None:
-                return info.name, value
-            targets[place.target][place.expert, place.rows] = value
-            return None
 
-        def read_aside(info: TensorInfo) -> tuple[str, Tensor] | None:
-            # The current device and stream belong to the thread.
-            with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-                return read(info)
-
-        def finish(values: Mapping[str, Tensor]) -> None:
+        with ExitStack() as stack:
+            # One that was alone would only be handed a tensor after the other.
+            run = stack.enter_context(self._readers()).map if self._num_readers > 1 else map
+            values = dict(filter(None, run(read, weights)))
+        with self._aside():
             for name, scale in scales.items():
                 on_device = scale.to(self.device, non_blocking=True)
                 targets[scale_of(name)] = _usable(on_device, heights[name] // FP8_BLOCK)
             self._require_finite(values, targets, places)
-
-        if self._copies is None:
-            values = dict(filter(None, map(read, weights)))
-            finish(values)
-        else:
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="reapkit-reader") as readers:
-                values = dict(filter(None, readers.map(read_aside, weights)))
-            with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
-                finish(values)
+        if self._copies is not None:
             self._copies.synchronize()
         tensors = self.checkpoint.tensors
         return targets | {self.format.decoded(tensors[name], tensors)[0]: value for name, value in values.items()}
+
+    def _readers(self) -> _Readers:
+        return _Readers("reapkit-reader", self._num_readers, device=self.device)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Where copies for a GPU are queued: the current device and stream belong to the thread."""
+        if self._copies is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+            yield
 
     def _read_fp8(self, info: TensorInfo, place: _Slice, weight_E: Tensor, scale_E: Tensor) -> None:
         """Put an expert's bytes and its scales where they belong, as they are stored."""
@@ -377,7 +388,8 @@ class StreamedModel:
         """Which of the experts in a tensor of all hold NaN or infinity, bool [E]; in FP8 their scales may, too."""
         value_E = targets[target]
         if self.kernels is None:
-            return ~torch.stack(value_E.flatten(1).aminmax(dim=1)).isfinite().all(0)
+            # A sum is not finite where a value is not, and seldom otherwise: what is wrong is looked at one by one.
+            return ~torch.stack([value.sum() for value in value_E]).isfinite()
         odd_E: Tensor = self.kernels.find_odd(value_E)
         return odd_E | self.kernels.find_odd(targets[scale_of(target)]) if self.fp8 else odd_E
 
@@ -666,12 +678,32 @@ def _return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+class _Readers(ThreadPoolExecutor):
+    """Threads that read beside the one that runs a model.
+
+    Where that is on the CPU, a reader computes on one core: torch would give each as many threads as there are cores, and all would wait
+    for those that the others hold.
+    """
+
+    def __init__(self, name: str, count: int, *, device: torch.device) -> None:
+        self._is_limited = device.type == "cpu" and torch.backends.openmp.is_available()  # type: ignore[no-untyped-call]
+        # A thread's number is its own once it has asked for it. A new thread takes the one that was set last, in whatever thread.
+        self._num_threads = torch.get_num_threads()
+        limit = partial(torch.set_num_threads, 1) if self._is_limited else None
+        super().__init__(count, thread_name_prefix=name, initializer=limit)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if self._is_limited:
+            torch.set_num_threads(self._num_threads)
+
+
 def _map_large_tensors() -> None:
     """Keep suspended hidden states and a layer's temporaries from breaking up each other's memory.
 
     glibc moves its threshold up with what is freed, and then lays both out in one heap: a fourth more than what is suspended was taken
-    (benchmarks/activation_budget.py). Where the threshold is set, glibc also gives back all but 128 KB of what is free at the heap's end,
-    which every step would take anew.
+    (benchmarks/activation_budget.py), and still as much with one of 16 MB. Where the threshold is set, glibc also gives back all but
+    128 KB of what is free at the heap's end, which every step would take anew.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -898,18 +930,16 @@ class _Forward:
         self,
         run: Callable[[], Any],
         *,
-        device: torch.device,
+        model: StreamedModel,
         observe: RoutedObserver | None,
-        kernels: ModuleType | None,
     ) -> None:
+        self._model = model
         self._observe = observe
-        self._kernels = kernels
         self._seen = []
         self._layer = -1
         self.result: Any = None
         self.output: Tensor | None = None
         self._run_forward = run
-        self._device = device
         self._greenlet = greenlet(self._run)
 
     def _run(self) -> None:
@@ -928,15 +958,16 @@ class _Forward:
         """Called from outside: run up to the next pause or to the end."""
         self.output = None
         running.forward, running.layer = self, self._layer
-        running.observe, running.kernels = self._observe, self._kernels
+        running.observe, running.kernels, running.workspace = self._observe, self._model.kernels, self._model.workspace
         self._greenlet.parent = getcurrent()
         # Gradient mode and the current device belong to the thread, so they are set for every step.
-        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        device = self._model.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
             with torch.inference_mode(), on_device:
                 self._greenlet.switch()
         finally:
-            running.forward = running.observe = running.kernels = None
+            running.forward = running.observe = running.kernels = running.workspace = None
 
     def held(self) -> list[Tensor]:
         """The hidden states that it holds while it is suspended."""
@@ -991,12 +1022,10 @@ class SuspendedForwards:
         seen: Sequence[Images | None] = images if images is not None else [None] * len(inputs_BT)
         observers: Sequence[RoutedObserver | None] = observe if observe is not None else [None] * len(inputs_BT)
         self._forwards = [
-            _Forward(
-                partial(self._forward, ids_BT, image), device=model.device, observe=observer, kernels=model.kernels
-            )
+            _Forward(partial(self._forward, ids_BT, image), model=model, observe=observer)
             for ids_BT, image, observer in zip(inputs_BT, seen, observers, strict=True)
         ]
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reapkit-loader")
+        self._loader = _Readers("reapkit-loader", 1, device=model.device)
         self._hooks: list[Any] = []
         self._with_outputs = with_outputs
         self._runs_mtp = with_mtp and observe is not None and model.mtp is not None

@@ -817,10 +817,11 @@ def tokens_per_batch(model: StreamedModel) -> int:
 def _batch_bytes(model: StreamedModel, tokens: int, *, length: int = 0) -> int:
     """Temporaries of a micro-batch in one MoE layer.
 
-    Per routed pair the gathered input, the output, the weighted output and that in the tokens' order, four times the hidden size, and
-    both halves of the inner activation with two products, four times the inner size. With fused kernels the input with both halves and
-    their product, and later with the output; in FP8 the output, and that product in a byte each. Per token some ten hidden sizes for
-    attention; in float32 on a GPU torch has no fused attention for grouped heads, so the scores of documents of a `length` are held, twice.
+    Per routed pair the gathered input, both halves of the inner activation with their product, and the output; where the model's
+    coefficients may be wider than 16 bits, the weighted output in float32 and that in the tokens' order. With fused kernels the input with
+    both halves and their product, and later with the output; in FP8 the output, and that product in a byte each. Per token some ten hidden
+    sizes for attention; in float32 on a GPU torch has no fused attention for grouped heads, so the scores of documents of a `length` are
+    held, twice.
     """
     experts = next(part for layer in model.layers if (part := experts_of(layer)) is not None)
     weights = sum(parameter.numel() for parameter in experts.parameters())
@@ -828,7 +829,7 @@ def _batch_bytes(model: StreamedModel, tokens: int, *, length: int = 0) -> int:
     # An expert is three matrices between the hidden and the inner size, or two in families without a gate.
     inner = weights // model.layout.num_experts // hidden // (3 if experts.has_gate else 2)
     if model.kernels is None:
-        pair = 4 * (hidden + inner)
+        pair = (2 if model.dtype == torch.float32 else 6) * hidden + 3 * inner
     elif model.fp8:
         pair = hidden + inner // 2
     else:
