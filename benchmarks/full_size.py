@@ -2,7 +2,8 @@
 
     python benchmarks/full_size.py make FOLDER [--layers 8] [--tokens 2000000]
     python benchmarks/full_size.py chain FOLDER OUT [--json FILE]        observe, plan, prune and verify by their commands, caches dropped
-    python benchmarks/full_size.py prune FOLDER OUT [--rounds 3]         `prune` against `cp` of its output, `verify` against `dd`; no GPU
+    python benchmarks/full_size.py prune FOLDER OUT [--rounds 3] [--cached]   `prune` against `cp` of its output, `verify` against `dd`;
+                                                                         no GPU; caches dropped, or what is read first read into them
     python benchmarks/full_size.py fetch FOLDER                          one layer from cached files to the GPU, by 1, 4 and 8 threads
     python benchmarks/full_size.py cap FOLDER [--device-gb 24]           the device's memory capped, the host's sampled
     python benchmarks/full_size.py reroute FOLDER [--rounds 4]           what gathering a sample of tokens adds, 32,768 of 16 million
@@ -55,6 +56,7 @@ def main() -> int:
     step.add_argument("folder", type=Path)
     step.add_argument("out", type=Path)
     step.add_argument("--rounds", type=int, default=3)
+    step.add_argument("--cached", action="store_true", help="as where memory holds all of it and it was just used")
     step.add_argument("--json", type=Path, dest="report", metavar="FILE")
     step = steps.add_parser("cap")
     step.add_argument("folder", type=Path)
@@ -194,7 +196,7 @@ def chain(folder: Path, out: Path, dtype: str, report: Path | None) -> None:
         report.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def prune(folder: Path, out: Path, rounds: int, report: Path | None) -> None:
+def prune(folder: Path, out: Path, rounds: int, cached: bool, report: Path | None) -> None:
     """Which experts go does not matter to the disk: a plan at random, which needs no statistics."""
     plan = out.with_name(f"{out.name}.json")
     timed("plan", folder, "--criterion", "random", "--ratio", "0.30", "-o", plan, "-q")
@@ -210,7 +212,9 @@ def prune(folder: Path, out: Path, rounds: int, report: Path | None) -> None:
         }
         for name, step in steps.items():
             hold_memory(folder, out)
-            cold = drop_caches()
+            cold = drop_caches() and not cached
+            if cached:
+                hold_memory(*{"prune": (folder,), "cp": (out,)}.get(name, (folder, out)))
             taken = step()
             seconds[name].append(taken["seconds"])
             if name in peaks:

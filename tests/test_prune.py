@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -594,6 +595,7 @@ def test_what_is_read_past_the_page_cache_is_the_same(
     monkeypatch.setattr(shards, "_DIRECT_BYTES", most)
     monkeypatch.setattr(os, "copy_file_range", lambda *_: pytest.fail("copied otherwise"), raising=False)
     monkeypatch.setattr(os, "major", lambda device: 8)  # wherever the tests run
+    monkeypatch.setattr(shards._Direct, "is_cached", lambda *_: False)
     monkeypatch.setattr(os, "preadv", count)
     shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(pruned["m2"])
@@ -610,6 +612,48 @@ def test_where_the_page_cache_cannot_be_gone_past_bytes_are_copied_as_before(
     monkeypatch.setattr(os, "preadv", refuse)
     shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(pruned["m2"])
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_what_the_page_cache_holds_is_copied_inside_the_kernel(
+    plan_for: PlanFor,
+    m2: Path,
+    pruned: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_cached: bool,
+) -> None:
+    asked: list[int] = []
+
+    def read(self: object, start: int, stop: int) -> memoryview:
+        asked.append(start)
+        return memoryview(bytes(stop - start))
+
+    @contextmanager
+    def opened(source: Any, *, file: str) -> Iterator[shards._Direct]:
+        yield object.__new__(shards._Direct)
+
+    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(shards._Direct, "opened", opened)
+    monkeypatch.setattr(shards._Direct, "is_cached", lambda *_: is_cached)
+    monkeypatch.setattr(shards._Direct, "read", read)
+    shards.write(*plan_for(m2, KEEP), tmp_path / "out")
+    assert (contents(tmp_path / "out") == contents(pruned["m2"]), bool(asked)) == (is_cached, not is_cached)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no reading past the page cache")
+def test_the_system_says_what_the_page_cache_holds(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 4 << 20
+    path.write_bytes(bytes(size))
+    with path.open("rb", buffering=0) as source, shards._Direct.opened(source, file="file") as direct:
+        if direct is None:
+            pytest.skip("files of tests do not lie on a disk by themselves here")
+        os.fsync(source.fileno())
+        assert direct.is_cached(0, size) and direct.is_cached(5000, size - 1)
+        os.posix_fadvise(source.fileno(), 0, size // 2, os.POSIX_FADV_DONTNEED)
+        assert not direct.is_cached(0, size // 2) and direct.is_cached(size // 2, size)
+        assert not direct.is_cached(0, size - 8192) and direct.is_cached(8192, size)
+        assert not direct.is_cached(size, 2 * size), "a file that ended is read, which says so"
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no reading past the page cache")

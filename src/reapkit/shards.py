@@ -6,6 +6,7 @@ goes last, after the index, the config, the sidecars and the manifest.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -22,6 +23,8 @@ from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
+
+import numpy as np
 
 from reapkit import cards, edits, landing
 from reapkit.cards import Subject
@@ -616,10 +619,10 @@ def _joined(pieces: Iterable[tuple[int, int] | memoryview]) -> Iterator[tuple[in
 
 
 class _Direct:
-    """A file that is read past the page cache.
+    """A file that is read past the page cache, but for what the cache holds.
 
     What is read is needed once. The page cache would hold it in place of what is written, and the system, which sees a file that is read
-    from end to end, would read the gaps between kept ranges too.
+    from end to end, would read the gaps between kept ranges too. Where a checkpoint was just observed and memory is large, it is there.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -646,6 +649,19 @@ class _Direct:
                             raise
             yield direct
 
+    def is_cached(self, start: int, stop: int) -> bool:
+        """Whether the page cache holds most of a range; of a file that belongs to somebody else the system says so always."""
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        held = np.zeros(-(-(stop - first) // mmap.PAGESIZE), np.uint8)
+        try:
+            mincore = ctypes.CDLL(None).mincore
+            mapping = mmap.mmap(self._descriptor, stop - first, access=mmap.ACCESS_READ, offset=first)
+        except (OSError, ValueError, AttributeError):  # not every system tells; of a file that has ended, reading does
+            return False
+        mincore(ctypes.c_void_p(np.frombuffer(mapping, np.uint8).ctypes.data), ctypes.c_size_t(stop - first),
+                held.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
+        return bool((held & 1).mean() > 0.5)
+
     def read(self, start: int, stop: int) -> memoryview:
         """Bytes of a range, from its beginning and not always to its end; none where the file has ended. Good until the next reading."""
         first = start - start % _BLOCK_BYTES
@@ -657,8 +673,9 @@ class _Direct:
 def _copy_range(
     source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance, direct: _Direct | None
 ) -> None:
-    """Append a byte range: a long one read past the page cache, a short one inside the kernel where the file systems allow it."""
-    if stop - start < _LEAST_DIRECT:
+    """Append a byte range: a long one read past the page cache where that holds little of it, others inside the kernel where the file
+    systems allow it."""
+    if direct is not None and (stop - start < _LEAST_DIRECT or direct.is_cached(start, stop)):
         direct = None
     if direct is None and hasattr(os, "copy_file_range"):
         while start < stop:
