@@ -203,7 +203,7 @@ def _gathered(hidden_ND: Tensor, token_P: Tensor | None) -> Tensor:
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of halves that lie one after the other, [P, 2 I]; gone afterwards."""
+    """silu(gate) * up of halves that lie one after the other, [P, 2 I], which may be overwritten."""
     if running.kernels is not None:
         result: Tensor = running.kernels.swiglu(gate_up)
         return result
