@@ -354,8 +354,6 @@ def test_a_weight_that_is_not_finite_is_named(
 
 
 def test_finite_weights_whose_sum_is_not_are_no_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Sums say which weights to look at."""
-
     def plant(tensors: dict[str, torch.Tensor]) -> None:
         tensors[PLACES["an expert"]].view(-1)[:4] = 3e38
 

@@ -65,7 +65,7 @@ RoutedObserver = Callable[[RoutedPairs], None]
 class Workspace:
     """Memory of a CPU for what experts make on their way, taken over and over: the system gives new memory page by page, each cleared.
 
-    Observing m2-nano on two cores spent a fifth of its time on that (benchmarks/RESULTS.md, section 7).
+    What that costs on two cores is in benchmarks/RESULTS.md, section 7.
     """
 
     def __init__(self) -> None:
@@ -232,6 +232,7 @@ def _combine(
     weighted_PD = torch.mul(out_PD, gate_P.unsqueeze(-1), out=None if is_widened else out_PD)
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    # Where the inputs were, which are not needed any more.
     unsorted = torch.index_select(weighted_PD, 0, place_P, out=_room("pairs", *weighted_PD.shape, like=weighted_PD))
     return unsorted.view(-1, top_k, unsorted.shape[-1]).sum(dim=1).to(dtype), norm_P
 

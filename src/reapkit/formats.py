@@ -175,7 +175,7 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, *, block: tuple[int, int], 
 
 
 def _in_float32(stored: Tensor) -> Tensor:
-    """A new tensor of the same values. On a CPU torch converts a byte in 3 ns, where a table of all 256 takes one."""
+    """A new tensor of the same values. On a CPU a table of all 256 is faster than torch's own conversion of a byte."""
     if stored.device.type == "cpu" and stored.dtype.is_floating_point and stored.element_size() == 1:
         return torch.from_numpy(np.take(_values_of(stored.dtype), stored.view(torch.uint8).numpy(), mode="clip"))
     return stored.to(torch.float32, copy=True)
