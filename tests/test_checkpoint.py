@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 import tiny
+from reapkit import sources
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.errors import CheckpointError
 
@@ -173,4 +179,76 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_named(copy: Path) -> None:
     with (copy / info.file).open("r+b") as stream:
         stream.truncate(info.start + 1)
     with pytest.raises(CheckpointError, match="ends inside"):
+        checkpoint.read(info)
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """The ranges that reading ahead has had from the system, in pieces of 1,000 bytes, four of them ahead."""
+    found: list[tuple[str, int, int]] = []
+    preadv = os.preadv
+
+    def recorded(descriptor: int, buffers: Any, start: int) -> int:
+        count = preadv(descriptor, buffers, start)
+        found.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, start + count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", recorded)
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(sources, "_BUFFER_BYTES", 300)
+    monkeypatch.setattr(sources, "CACHED_BYTES", 4000)
+    return found
+
+
+def size(brought: list[tuple[str, int, int]], *, least: int = 0) -> int:
+    """How many bytes were brought, once they are so many or it took too long."""
+    end = time.monotonic() + 10
+    while (found := sum(stop - start for _, start, stop in brought)) < least and time.monotonic() < end:
+        time.sleep(0.001)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the system was asked for is looked up in /proc")
+def test_what_is_expected_of_a_folder_comes_to_the_page_cache_once_in_order_and_not_too_far_ahead(
+    m2: Path, brought: list[tuple[str, int, int]]
+) -> None:
+    checkpoint = Checkpoint.open(m2)
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.start), reverse=True)
+    total, furthest = sum(info.nbytes for info in infos), 0
+    with checkpoint.expecting([*infos, *infos[:2]]):
+        for place, info in enumerate(infos):
+            read = sum(info.nbytes for info in infos[:place])
+            furthest = max(furthest, size(brought, least=min(read + 3000, total)) - read)
+            assert checkpoint.read(info) == (m2 / info.file).read_bytes()[info.start : info.stop]
+        size(brought, least=total)
+    expected = [(info.file, place) for info in infos for place in range(info.start, info.stop)]
+    assert [(file, place) for file, start, stop in brought for place in range(start, stop)] == expected
+    assert max(stop - start for _, start, stop in brought) == 1000
+    # Four pieces, and the one that ends what was read last.
+    assert 3000 <= furthest <= 5000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the system was asked for is looked up in /proc")
+def test_reading_ahead_ends_with_what_expects_it(m2: Path, brought: list[tuple[str, int, int]]) -> None:
+    checkpoint = Checkpoint.open(m2)
+    info = next(iter(checkpoint.tensors.values()))
+    before = threading.active_count()
+    with checkpoint.expecting(checkpoint.tensors.values()):
+        assert threading.active_count() == before + 1
+        size(brought, least=5000)
+    assert threading.active_count() == before
+    checkpoint.read(info)
+    assert size(brought) == 5000
+
+
+@pytest.mark.parametrize("harm", ["shrinks", "is gone"])
+def test_a_shard_that_is_harmed_while_it_is_read_ahead_is_named_by_who_reads_it(copy: Path, harm: str) -> None:
+    checkpoint = Checkpoint.open(copy)
+    file = checkpoint.files[0]
+    info = max((info for info in checkpoint.tensors.values() if info.file == file), key=lambda info: info.stop)
+    if harm == "shrinks":
+        os.truncate(copy / file, info.stop - 1)
+    else:
+        (copy / file).unlink()
+    with checkpoint.expecting(checkpoint.tensors.values()), pytest.raises(CheckpointError, match=file):
         checkpoint.read(info)

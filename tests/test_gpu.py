@@ -289,7 +289,7 @@ def test_experts_sums_and_a_sample_of_tokens_do_not_wait_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr("reapkit.experts._routed", without_waiting)
-    monkeypatch.setattr("reapkit.modules.ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr("reapkit.modules._Readers", InTurn)
     data, run = [str(M2_NANO / "data/calibration.jsonl")], Run(device="cuda", dtype=dtype)
     watched = Observation(M2_NANO, data, run=run, max_length=2048, seed=0, reroute=Reroute(3000))
     assert len(watched.run(sample=tmp_path / "sample").layers) == 6

@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,39 @@ def require_nothing_left(model: StreamedModel) -> None:
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("reapkit-loader")] == []
     assert all(parameter.is_meta for parameter in model.module.parameters())
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.layers)
+
+
+def test_a_pass_for_a_gpu_expects_of_a_folder_what_it_then_reads_in_that_order(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[tuple[str, int]] = []
+    asked: list[tuple[str, int]] = []
+
+    class Recorded:
+        def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]]) -> None:
+            expected.extend((file, start) for file, start, _ in ranges)
+
+        def asked(self, file: str, start: int) -> None:
+            asked.append((file, start))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("reapkit.sources._Cached", Recorded)
+    model = streamed_model(checkpoints["m2-fp8"])
+    scales = {(i.file, i.start) for i in model.checkpoint.tensors.values() if model.format.is_companion(i.name)}
+    with model.reading(with_mtp=False, disk=None):
+        model.load_entry()
+    assert expected == asked == []  # on a CPU
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    with model.reading(with_mtp=False, disk=None):
+        monkeypatch.setattr(model, "device", torch.device("cpu"))
+        model.load_entry()
+        for index in range(len(model.layers)):
+            model.load(index, model.fetch(index))
+    assert [place for place in asked if place not in scales] == [place for place in expected if place not in scales]
+    assert sorted(asked) == sorted(expected)
+    assert scales & set(asked)
 
 
 @pytest.mark.parametrize("name", ["m2", "qwen3", "m2-fp8", "m2-bf16", "m2-tied", "qwen3-tied"])

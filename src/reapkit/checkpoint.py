@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -134,7 +134,7 @@ class Checkpoint:
             raise CheckpointError(f"{origin} holds no tensors")
         return cls(path, config, tensors, _sidecars(path), origin, place.revision, remote)
 
-    @property
+    @cached_property
     def source(self) -> Source:
         """Where the bytes of the shards come from."""
         return self.remote or Folder(self.path)
@@ -177,12 +177,15 @@ class Checkpoint:
     def expecting(
         self, infos: Iterable[TensorInfo], *, disk: Disk | None = None, holding: bool = False
     ) -> AbstractContextManager[None]:
-        """While this lasts, the tensors' bytes are read ahead in this order where they come through a network."""
+        """While this lasts, the tensors' bytes are read ahead in this order: those of a folder into the page cache."""
         ranges = ((info.file, info.start, info.stop) for info in infos)
         return self.source.expecting(ranges, disk=disk, holding=holding)
 
     def fingerprinting(self, parts: Iterable[tuple[Iterable[str], int | None]]) -> AbstractContextManager[None]:
-        """While this lasts, what `fingerprint` reads of the named tensors, up to a limit, comes together and is kept where it is little."""
+        """While this lasts, what `fingerprint` reads of the named tensors, up to a limit, comes together through a network, and is kept
+        where it is little."""
+        if self.remote is None:
+            return nullcontext()
         ranges = [
             (info.file, info.start, info.stop if limit is None else min(info.stop, info.start + limit))
             for names, limit in parts

@@ -195,11 +195,11 @@ class StreamedModel:
         read = (
             [part for info in stage for part in (info, *self.format.companions(info, tensors))] for stage in weights
         )
-        return [sorted(stage, key=lambda info: (info.file, info.start)) for stage in read]
+        return [_by_place(stage) for stage in read]
 
     def reading(self, *, with_mtp: bool, disk: Disk | None) -> AbstractContextManager[None]:
-        """While this lasts, a pass finds what it reads already on its way, where weights come through a network."""
-        if self.checkpoint.remote is None:
+        """While this lasts, a pass finds what it reads already on its way; but on a CPU, which takes longer than any disk."""
+        if self.checkpoint.remote is None and self.device.type == "cpu":
             return nullcontext()
         order = itertools.chain.from_iterable(self.stages(with_mtp=with_mtp))
         return self.checkpoint.expecting(order, disk=disk)
@@ -312,7 +312,8 @@ class StreamedModel:
         Raises:
             DataError: a value is NaN or infinite.
         """
-        weights = [info for info in infos if not self.format.is_companion(info.name)]
+        # In the order in which `stages` says that they will be read.
+        weights = _by_place(info for info in infos if not self.format.is_companion(info.name))
         places = stacks or {}
         heights = {place.target: place.rows.stop - place.rows.start for place in places.values()}
         targets = {name: self._empty(name) for name in heights}
@@ -624,6 +625,11 @@ class MtpLayers:
         position_T = torch.arange(index + 1, index + 1 + ids_BT.shape[1], device=ids_BT.device)
         result: Tensor = self.module.forward_layer(index, hidden_BTD, position_T[None], None, input_ids=next_BT)
         return result
+
+
+def _by_place(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """In the order of their bytes on disk."""
+    return sorted(infos, key=lambda info: (info.file, info.start))
 
 
 def _usable(scale_EHG: Tensor, height: int) -> Tensor:
