@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 import tiny
-from reapkit import sources
+from reapkit import pagecache
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.errors import CheckpointError
 
@@ -194,9 +194,9 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         return count
 
     monkeypatch.setattr(os, "preadv", recorded)
-    monkeypatch.setattr(sources, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(sources, "_BUFFER_BYTES", 300)
-    monkeypatch.setattr(sources, "CACHED_BYTES", 4000)
+    monkeypatch.setattr(pagecache, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(pagecache, "_BUFFER_BYTES", 300)
+    monkeypatch.setattr(pagecache, "AHEAD_BYTES", 4000)
     return found
 
 

@@ -80,7 +80,7 @@ def test_a_pass_for_a_gpu_expects_of_a_folder_what_it_then_reads_in_that_order(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr("reapkit.sources._Cached", Recorded)
+    monkeypatch.setattr("reapkit.sources.Ahead", Recorded)
     model = streamed_model(checkpoints["m2-fp8"])
     scales = {(i.file, i.start) for i in model.checkpoint.tensors.values() if model.format.is_companion(i.name)}
     with model.reading(with_mtp=False, disk=None):

@@ -7,7 +7,10 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +23,13 @@ from safetensors import safe_open
 
 import tiny
 from conftest import PlanFor, open_with_plan
-from reapkit import edits, shards
+from reapkit import edits, pagecache, shards
 from reapkit.architectures import ARCHITECTURES
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.edits import OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, PlanError, UnsupportedError, UsageError
 from reapkit.layout import MoELayout, StackedTensor, resolve
+from reapkit.pagecache import Direct
 from reapkit.plans import PruningPlan
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo
@@ -591,11 +595,11 @@ def test_what_is_read_past_the_page_cache_is_the_same(
         calls += 1
         return read(*arguments)
 
-    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
-    monkeypatch.setattr(shards, "_DIRECT_BYTES", most)
+    monkeypatch.setattr(pagecache, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(pagecache, "_DIRECT_BYTES", most)
     monkeypatch.setattr(os, "copy_file_range", lambda *_: pytest.fail("copied otherwise"), raising=False)
     monkeypatch.setattr(os, "major", lambda device: 8)  # wherever the tests run
-    monkeypatch.setattr(shards._Direct, "is_cached", lambda *_: False)
+    monkeypatch.setattr(Direct, "is_cached", lambda *_: False)
     monkeypatch.setattr(os, "preadv", count)
     shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(pruned["m2"])
@@ -608,7 +612,7 @@ def test_where_the_page_cache_cannot_be_gone_past_bytes_are_copied_as_before(
     def refuse(*arguments: Any) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(pagecache, "_LEAST_DIRECT", 1)
     monkeypatch.setattr(os, "preadv", refuse)
     shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(pruned["m2"])
@@ -625,18 +629,19 @@ def test_what_the_page_cache_holds_is_copied_inside_the_kernel(
 ) -> None:
     asked: list[int] = []
 
-    def read(self: object, start: int, stop: int) -> memoryview:
-        asked.append(start)
-        return memoryview(bytes(stop - start))
+    def read(self: object, ranges: Iterable[tuple[int, int]]) -> Generator[memoryview, None, None]:
+        for start, stop in ranges:
+            asked.append(start)
+            yield memoryview(bytes(stop - start))
 
     @contextmanager
-    def opened(source: Any, *, file: str) -> Iterator[shards._Direct]:
-        yield object.__new__(shards._Direct)
+    def opened(source: Any, *, file: str, readers: Any) -> Iterator[Direct]:
+        yield object.__new__(Direct)
 
-    monkeypatch.setattr(shards, "_LEAST_DIRECT", 1)
-    monkeypatch.setattr(shards._Direct, "opened", opened)
-    monkeypatch.setattr(shards._Direct, "is_cached", lambda *_: is_cached)
-    monkeypatch.setattr(shards._Direct, "read", read)
+    monkeypatch.setattr(pagecache, "_LEAST_DIRECT", 1)
+    monkeypatch.setattr(Direct, "opened", opened)
+    monkeypatch.setattr(Direct, "is_cached", lambda *_: is_cached)
+    monkeypatch.setattr(Direct, "read", read)
     shards.write(*plan_for(m2, KEEP), tmp_path / "out")
     assert (contents(tmp_path / "out") == contents(pruned["m2"]), bool(asked)) == (is_cached, not is_cached)
 
@@ -645,7 +650,11 @@ def test_what_the_page_cache_holds_is_copied_inside_the_kernel(
 def test_the_system_says_what_the_page_cache_holds(tmp_path: Path) -> None:
     path, size = tmp_path / "file", 4 << 20
     path.write_bytes(bytes(size))
-    with path.open("rb", buffering=0) as source, shards._Direct.opened(source, file="file") as direct:
+    with (
+        ThreadPoolExecutor(1) as readers,
+        path.open("rb", buffering=0) as source,
+        Direct.opened(source, file="file", readers=readers) as direct,
+    ):
         if direct is None:
             pytest.skip("files of tests do not lie on a disk by themselves here")
         os.fsync(source.fileno())
@@ -669,6 +678,35 @@ def test_a_disk_that_refuses_to_be_read_past_the_page_cache_is_not_asked_otherwi
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read: Input/output error"):
         shards.write(*plan_for(m2, KEEP), tmp_path / "out")
+
+
+def test_nothing_is_read_past_the_page_cache_any_more_when_its_reader_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is closed then, and its number may be another's."""
+    content = bytes(range(256)) * 400
+    (tmp_path / "file").write_bytes(content)
+    preadv, calls = os.preadv, Counter[str]()
+
+    def slow(*arguments: Any) -> int:
+        calls["begun"] += 1
+        time.sleep(0.01)
+        count = preadv(*arguments)
+        calls["ended"] += 1
+        return count
+
+    monkeypatch.setattr(pagecache, "_DIRECT_BYTES", 4096)
+    monkeypatch.setattr(os, "preadv", slow)
+    with ThreadPoolExecutor(2) as readers, (tmp_path / "file").open("rb", buffering=0) as source:
+        direct = Direct(source.fileno(), file="file", readers=readers)
+        assert b"".join(direct.read([(5, 10), (4000, 30_000)])) == content[5:10] + content[4000:30_000]
+        calls.clear()
+        contents = direct.read([(5, 100_000)])
+        assert bytes(next(contents)) == content[5:4096]
+        contents.close()
+        assert 1 <= calls["begun"] == calls["ended"] <= 4
+        at_close = calls.copy()
+    assert calls == at_close
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -804,7 +842,7 @@ def test_too_little_space_is_said_with_the_numbers_before_anything_is_written(
 def test_a_source_that_shrinks_while_it_is_read_is_named(
     plan_for: PlanFor, m2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
 ) -> None:
-    monkeypatch.setattr(shards, "_LEAST_DIRECT", least)
+    monkeypatch.setattr(pagecache, "_LEAST_DIRECT", least)
     copy = shutil.copytree(m2, tmp_path / "copy")
     checkpoint, layout, plan = plan_for(copy, KEEP)
     last = checkpoint.files[-1]

@@ -6,25 +6,22 @@ goes last, after the index, the config, the sidecars and the manifest.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
+import itertools
 import json
-import mmap
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
-
-import numpy as np
 
 from reapkit import cards, edits, landing
 from reapkit.cards import Subject
@@ -45,6 +42,7 @@ from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.landing import Transfer
 from reapkit.layout import Identity, MoELayout
 from reapkit.outputs import PARTIAL, alone, appearing, explained, make_folder, sync_folder, write_all, write_file
+from reapkit.pagecache import Direct, shorter
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
@@ -77,13 +75,9 @@ _FILES_AT_ONCE = 4
 _METADATA = {"format": "pt"}
 # Large enough that calls cost nothing, small enough that progress moves and an interrupt is heard on a slow disk.
 _CHUNK_BYTES = 16 << 20
-# Ranges from this size on are read past the page cache, in pieces of at most this size, from places and to memory aligned to blocks.
-_LEAST_DIRECT, _DIRECT_BYTES, _BLOCK_BYTES = 1 << 20, 8 << 20, 4096
 # copy_file_range is refused between these kinds of files; plain reads and writes still work. Erring on the long side is safe: a real
 # failure comes back from the plain copy.
 _NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
-# What a file system says that does not read past the page cache.
-_NO_DIRECT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 Advance = Callable[[int], None]
 
@@ -526,13 +520,17 @@ def _write_shards(
 
     def write(file: str) -> None:
         if not (stopped.is_set() or is_asked_to_stop()):
-            _write_shard(checkpoint, headers[file], shards[file], out / file, advance)
+            _write_shard(checkpoint, headers[file], shards[file], out / file, advance, readers)
 
     for file in whole:
         advance(sizes[file])
     from_hub = [file for file in shards if file not in whole and landing.comes_from_the_hub(checkpoint, shards[file])]
     missing = [file for file in shards if file not in whole and file not in from_hub]
-    with deferred("the running files are written"), ThreadPoolExecutor(_FILES_AT_ONCE) as writers:
+    with (
+        ThreadPoolExecutor(_FILES_AT_ONCE) as readers,
+        deferred("the running files are written"),
+        ThreadPoolExecutor(_FILES_AT_ONCE) as writers,
+    ):
         try:
             for future in as_completed([writers.submit(write, file) for file in missing]):
                 future.result()
@@ -568,7 +566,12 @@ def _require_space(checkpoint: Checkpoint, out: Path, missing: int) -> None:
 
 
 def _write_shard(
-    checkpoint: Checkpoint, header: bytes, tensors: list[OutputTensor], path: Path, advance: Advance
+    checkpoint: Checkpoint,
+    header: bytes,
+    tensors: list[OutputTensor],
+    path: Path,
+    advance: Advance,
+    readers: ThreadPoolExecutor,
 ) -> None:
     source_file = tensors[0].info.file
     if landing.comes_from_the_hub(checkpoint, tensors):
@@ -576,16 +579,28 @@ def _write_shard(
         return
     with (
         _copying(checkpoint, source_file, path) as (source, target),
-        _Direct.opened(source, file=source_file) as direct,
+        Direct.opened(source, file=source_file, readers=readers) as direct,
     ):
-        write_all(target, header)
-        advance(len(header))
-        for piece in _joined(_pieces(checkpoint, tensors)):
-            if isinstance(piece, tuple):
-                _copy_range(source, target, *piece, file=source_file, advance=advance, direct=direct)
-            else:
-                write_all(target, piece)
-                advance(len(piece))
+
+        def append(content: bytes | memoryview) -> None:
+            write_all(target, content)
+            advance(len(content))
+
+        def reader_of(piece: tuple[int, int] | memoryview) -> Direct | None:
+            return direct if direct is not None and isinstance(piece, tuple) and direct.is_for(*piece) else None
+
+        append(header)
+        for reader, pieces in itertools.groupby(_joined(_pieces(checkpoint, tensors)), reader_of):
+            if reader is not None:
+                with closing(reader.read(piece for piece in pieces if isinstance(piece, tuple))) as contents:
+                    for content in contents:
+                        append(content)
+                continue
+            for piece in pieces:
+                if isinstance(piece, tuple):
+                    _copy_range(source, target, *piece, file=source_file, advance=advance)
+                else:
+                    append(piece)
 
 
 def _pieces(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> Iterator[tuple[int, int] | memoryview]:
@@ -618,66 +633,9 @@ def _joined(pieces: Iterable[tuple[int, int] | memoryview]) -> Iterator[tuple[in
         yield start, stop
 
 
-class _Direct:
-    """A file that is read past the page cache, but for what the cache holds.
-
-    What is read is needed once. The page cache would hold it in place of what is written, and the system, which sees a file that is read
-    from end to end, would read the gaps between kept ranges too. Where a checkpoint was just observed and memory is large, it is there.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # aligned to pages
-
-    @classmethod
-    @contextmanager
-    def opened(cls, source: FileIO, *, file: str) -> Iterator[_Direct | None]:
-        """The same file once more; None where it does not lie on a disk by itself (but on the network or in memory), or its file system
-        does not read so."""
-        direct = None
-        with ExitStack() as stack:
-            if hasattr(os, "O_DIRECT") and os.major(os.fstat(source.fileno()).st_dev):
-                with reading(file):
-                    try:
-                        descriptor = os.open(source.name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-                        stack.callback(os.close, descriptor)
-                        trial = cls(descriptor)
-                        trial.read(0, 1)
-                        direct = trial
-                    except OSError as error:
-                        if error.errno not in _NO_DIRECT:
-                            raise
-            yield direct
-
-    def is_cached(self, start: int, stop: int) -> bool:
-        """Whether the page cache holds most of a range; of a file that belongs to somebody else the system says so always."""
-        first = start - start % mmap.ALLOCATIONGRANULARITY
-        held = np.zeros(-(-(stop - first) // mmap.PAGESIZE), np.uint8)
-        try:
-            mincore = ctypes.CDLL(None).mincore
-            mapping = mmap.mmap(self._descriptor, stop - first, access=mmap.ACCESS_READ, offset=first)
-        except (OSError, ValueError, AttributeError):  # not every system tells; of a file that has ended, reading does
-            return False
-        mincore(ctypes.c_void_p(np.frombuffer(mapping, np.uint8).ctypes.data), ctypes.c_size_t(stop - first),
-                held.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
-        return bool((held & 1).mean() > 0.5)
-
-    def read(self, start: int, stop: int) -> memoryview:
-        """Bytes of a range, from its beginning and not always to its end; none where the file has ended. Good until the next reading."""
-        first = start - start % _BLOCK_BYTES
-        count = min(stop - first + -stop % _BLOCK_BYTES, _DIRECT_BYTES)
-        count = os.preadv(self._descriptor, [self._buffer[:count]], first)
-        return self._buffer[start - first : max(start - first, min(count, stop - first))]
-
-
-def _copy_range(
-    source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance, direct: _Direct | None
-) -> None:
-    """Append a byte range: a long one read past the page cache where that holds little of it, others inside the kernel where the file
-    systems allow it."""
-    if direct is not None and (stop - start < _LEAST_DIRECT or direct.is_cached(start, stop)):
-        direct = None
-    if direct is None and hasattr(os, "copy_file_range"):
+def _copy_range(source: FileIO, target: FileIO, start: int, stop: int, *, file: str, advance: Advance) -> None:
+    """Append a byte range: inside the kernel where the file systems allow it, else by reading and writing."""
+    if hasattr(os, "copy_file_range"):
         while start < stop:
             try:
                 count = os.copy_file_range(source.fileno(), target.fileno(), min(stop - start, _CHUNK_BYTES), start)
@@ -692,9 +650,9 @@ def _copy_range(
     source.seek(start)
     while start < stop:
         with reading(file):
-            chunk = source.read(min(stop - start, _CHUNK_BYTES)) if direct is None else direct.read(start, stop)
+            chunk = source.read(min(stop - start, _CHUNK_BYTES))
         if not chunk:
-            raise CheckpointError(f"{file} has become shorter while it was read", hint="fetch the shard again")
+            raise shorter(file)
         write_all(target, chunk)
         start += len(chunk)
         advance(len(chunk))

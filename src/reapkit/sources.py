@@ -10,14 +10,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import mmap
 import os
 import shutil
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +24,7 @@ from typing import Protocol
 from reapkit.errors import CheckpointError, UsageError
 from reapkit.hub import Ranges, Repository
 from reapkit.outputs import PARTIAL, explained, write_all
+from reapkit.pagecache import Ahead
 from reapkit.progress import Progress, silent
 from reapkit.tensors import reading
 
@@ -34,10 +34,6 @@ NUM_CONNECTIONS = 8
 CHUNK_BYTES = 16 << 20
 # Bytes that may lie in memory ahead of the reader.
 AHEAD_BYTES = 256 << 20
-# Of a folder, bytes that may lie in the page cache ahead of the reader, and what is read there at a time. That goes into so little memory
-# that it stays in the processor's own cache.
-CACHED_BYTES = 1 << 30
-_PIECE_BYTES, _BUFFER_BYTES = 64 << 20, 1 << 20
 # Of what is wanted, the share that may be read in vain to make one request of several ranges.
 WASTE = 0.005
 # What fingerprints read is kept, where it is no more than this, and not fetched again for the output.
@@ -86,7 +82,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cached: _Cached | None = None
+        self._cached: Ahead | None = None
 
     def local(self, file: str) -> Path | None:
         return self.path / file
@@ -110,85 +106,11 @@ class Folder:
         if not hasattr(os, "preadv"):
             yield
             return
-        with closing(_Cached(self.path, ranges)) as self._cached:
+        with closing(Ahead(self.path, ranges)) as self._cached:
             try:
                 yield
             finally:
                 self._cached = None
-
-
-class _Cached:
-    """Ranges that one thread brings into the page cache in their order, ahead of those who read them.
-
-    A disk gives most to one who reads on and on, and it need not rest while nobody asks. Threads that each read a tensor at a time got two
-    thirds of its rate beside a layer that ran (benchmarks/RESULTS.md, section 2): between any two readings they wait for their turn to run
-    Python.
-    """
-
-    def __init__(self, path: Path, ranges: Iterable[Range]) -> None:
-        self._path = path
-        self._pieces: list[Range] = []
-        # By file and start of a range, the number of the piece that it ends in.
-        self._last: dict[tuple[str, int], int] = {}
-        for file, start, stop in ranges:
-            if (file, start) not in self._last:
-                self._add(file, start, stop)
-                self._last[file, start] = len(self._pieces) - 1
-        self._asked = 0
-        self._is_closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="reapkit-disk", daemon=True)
-        self._thread.start()
-
-    def asked(self, file: str, start: int) -> None:
-        """Say that a range is being read, which lets what follows it be brought in."""
-        with self._changed:
-            self._asked = max(self._asked, self._last.get((file, start), 0))
-            self._changed.notify()
-
-    def close(self) -> None:
-        """End it, once a piece that was begun has come."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _add(self, file: str, start: int, stop: int) -> None:
-        """Append a range: to the last piece, where it follows on it and there is room, and to new ones."""
-        while start < stop:
-            before, first, last = self._pieces[-1] if self._pieces else ("", 0, 0)
-            if (before, last) != (file, start) or last - first >= _PIECE_BYTES:
-                first = start
-                self._pieces.append((file, first, first))
-            start = min(stop, first + _PIECE_BYTES)
-            self._pieces[-1] = file, first, start
-
-    def _run(self) -> None:
-        buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
-        with suppress(OSError):  # whoever reads the same says what it is
-            for file, pieces in itertools.groupby(enumerate(self._pieces), key=lambda entry: entry[1][0]):
-                with (self._path / file).open("rb", buffering=0) as stream:
-                    for number, (_, start, stop) in pieces:
-                        if not self._may_read(number):
-                            return
-                        _bring_in(stream.fileno(), start, stop, buffer)
-
-    def _may_read(self, number: int) -> bool:
-        """Wait until a piece is near enough to what is read; False where the end comes first."""
-        last = number - CACHED_BYTES // _PIECE_BYTES
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._asked >= last)
-            return not self._is_closed
-
-
-def _bring_in(descriptor: int, start: int, stop: int, buffer: memoryview) -> None:
-    """Read a range into the page cache, by one call to the system."""
-    while start < stop:
-        whole, rest = divmod(stop - start, len(buffer))
-        count = os.preadv(descriptor, [buffer] * whole + [buffer[:rest]] * bool(rest), start)
-        if not count:  # the file has ended
-            return
-        start += count
 
 
 def read_file(path: Path, start: int, view: memoryview, *, file: str, inside: str = "") -> None:
