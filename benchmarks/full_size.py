@@ -455,7 +455,8 @@ def ranks(folder: Path, tokens: int | None, dtype: str) -> None:
 def observed(
     observation: Any, *, sample: Path | None = None, wait: Callable[[], None] = lambda: None
 ) -> tuple[Any, dict[str, float]]:
-    """The statistics, and the seconds that they took: in all, to the end of the first layer, and for each layer after it."""
+    """The statistics, and the seconds that they took: in all, to the end of the first layer, and for each layer of the second half of the
+    first wave, when a disk that is slower than computing has used up what it was ahead at first."""
     layers = len(observation.model.layers)
     wave = sum(int(batch.length_B.sum()) for batch in observation.waves[0])
     ends: list[float] = []
@@ -469,8 +470,12 @@ def observed(
     result = observation.run(progress=watch, **({} if sample is None else {"sample": sample}))
     wait()
     seconds = time.perf_counter() - begun
-    per_layer = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return result, {"seconds": seconds, "first_layer_seconds": ends[0] - begun, "layer_seconds": per_layer}
+    middle = (layers - 1) // 2
+    per_layer = (ends[-1] - ends[middle]) / (layers - 1 - middle)
+    return result, {
+        "seconds": seconds, "first_layer_seconds": ends[0] - begun, "layer_seconds": per_layer,
+        "layer_ends_seconds": [round(end - begun, 2) for end in ends],
+    }  # fmt: skip
 
 
 def drawn_text(tokens: int) -> Any:
