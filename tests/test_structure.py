@@ -17,7 +17,18 @@ SOURCE = Path(reapkit.__file__).parent
 # A module imports only from lower floors, or from modules listed before it on its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "interrupts", "outputs", "tensors", "gpus"),
-    ("hub", "pagecache", "sources", "checkpoint", "quantization", "selection", "layout", "architectures", "geometry", "dialects"),
+    (
+        "hub",
+        "pagecache",
+        "sources",
+        "checkpoint",
+        "quantization",
+        "selection",
+        "layout",
+        "architectures",
+        "geometry",
+        "dialects",
+    ),
     ("figures", "statistics", "criteria", "elimination", "samples", "plans", "recovery", "evidence", "clusters"),
     (
         "calibration",
