@@ -95,8 +95,8 @@ class Folder:
         return [found.st_size, found.st_mtime_ns]
 
     def read_into(self, file: str, start: int, view: memoryview, *, inside: str = "") -> None:
-        if self._cached is not None:
-            self._cached.asked(file, start)
+        if (cached := self._cached) is not None:  # which another thread may end
+            cached.asked(file, start)
         read_file(self.path / file, start, view, file=file, inside=inside)
 
     @contextmanager
