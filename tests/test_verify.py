@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -425,7 +426,13 @@ def test_of_several_files_that_cannot_be_read_the_first_is_named(
     assert failed.is_set() == (at_once > 1)
 
 
-def test_an_interrupt_ends_all_files_and_nothing_is_recorded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_all_files_and_nothing_is_recorded(
+    out: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # Where the tests themselves run in the background, interrupts are ignored.
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
     monkeypatch.setattr(verification, "_CHUNK_BYTES", 512)
     before = (out / MANIFEST_NAME).read_bytes()
     calls: list[float] = []
