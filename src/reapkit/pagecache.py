@@ -34,9 +34,8 @@ _NO_DIRECT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 class Ahead:
     """Ranges that one thread brings into the page cache in their order, ahead of those who read them.
 
-    A disk gives most to one who reads on and on, and it need not rest while nobody asks. Threads that each read a tensor at a time got two
-    thirds of its rate beside a layer that ran (benchmarks/RESULTS.md, section 2): between any two readings they wait for their turn to run
-    Python.
+    A disk gives most to one who reads on and on, and it need not rest while nobody asks. What threads that each read a tensor at a time got
+    of its rate is in benchmarks/RESULTS.md, section 2.
     """
 
     def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]]) -> None:
