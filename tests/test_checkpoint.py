@@ -7,6 +7,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import tiny
 from reapkit import pagecache
 from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.errors import CheckpointError
+from reapkit.pagecache import Ahead
 
 
 @pytest.fixture
@@ -184,7 +187,7 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_named(copy: Path) -> None:
 
 @pytest.fixture
 def brought(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """The ranges that reading ahead has had from the system, in pieces of 1,000 bytes, four of them ahead."""
+    """The ranges that reading ahead has had from the system, in pieces of 1,000 bytes."""
     found: list[tuple[str, int, int]] = []
     preadv = os.preadv
 
@@ -196,7 +199,6 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     monkeypatch.setattr(os, "preadv", recorded)
     monkeypatch.setattr(pagecache, "_PIECE_BYTES", 1000)
     monkeypatch.setattr(pagecache, "_BUFFER_BYTES", 300)
-    monkeypatch.setattr(pagecache, "AHEAD_BYTES", 4000)
     return found
 
 
@@ -215,7 +217,7 @@ def test_what_is_expected_of_a_folder_comes_to_the_page_cache_once_in_order_and_
     checkpoint = Checkpoint.open(m2)
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.start), reverse=True)
     total, furthest = sum(info.nbytes for info in infos), 0
-    with checkpoint.expecting([*infos, *infos[:2]]):
+    with checkpoint.expecting([*infos, *infos[:2]], cached=4000):
         for place, info in enumerate(infos):
             read = sum(info.nbytes for info in infos[:place])
             furthest = max(furthest, size(brought, least=min(read + 3000, total)) - read)
@@ -233,12 +235,51 @@ def test_reading_ahead_ends_with_what_expects_it(m2: Path, brought: list[tuple[s
     checkpoint = Checkpoint.open(m2)
     info = next(iter(checkpoint.tensors.values()))
     before = threading.active_count()
-    with checkpoint.expecting(checkpoint.tensors.values()):
+    with checkpoint.expecting(checkpoint.tensors.values(), cached=4000):
         assert threading.active_count() == before + 1
         size(brought, least=5000)
     assert threading.active_count() == before
     checkpoint.read(info)
     assert size(brought) == 5000
+
+
+@pytest.fixture
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What the thread that reads ahead waits for before it reads anything."""
+    may_go_on = threading.Event()
+    preadv = os.preadv
+
+    def waiting(descriptor: int, buffers: Any, start: int) -> int:
+        assert may_go_on.wait(10)
+        return preadv(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", waiting)
+    yield may_go_on
+    may_go_on.set()
+
+
+def test_who_reads_waits_for_what_is_expected_and_for_nothing_else(m2: Path, held_up: threading.Event) -> None:
+    checkpoint = Checkpoint.open(m2)
+    info, *_, other = checkpoint.tensors.values()
+    with ThreadPoolExecutor(2) as pool, checkpoint.expecting([info]):
+        expected, unexpected = pool.submit(checkpoint.read, info), pool.submit(checkpoint.read, other)
+        assert len(unexpected.result(10)) == other.nbytes
+        assert wait([expected], 0.05).not_done
+        held_up.set()
+        assert expected.result(10) == (m2 / info.file).read_bytes()[info.start : info.stop]
+
+
+def test_who_waits_for_what_is_read_ahead_need_not_wait_when_that_ends(m2: Path, held_up: threading.Event) -> None:
+    file = Checkpoint.open(m2).files[0]
+    ahead = Ahead(m2, [(file, 0, (m2 / file).stat().st_size)], window=0)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(ahead.require, file, 0)
+        assert wait([waiting], 0.05).not_done
+        closing = pool.submit(ahead.close)
+        waiting.result(5)
+        assert not closing.done()
+        held_up.set()
+        closing.result(10)
 
 
 @pytest.mark.parametrize("harm", ["shrinks", "is gone"])

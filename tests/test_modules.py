@@ -69,18 +69,21 @@ def test_a_pass_for_a_gpu_expects_of_a_folder_what_it_then_reads_in_that_order(
 ) -> None:
     expected: list[tuple[str, int]] = []
     asked: list[tuple[str, int]] = []
+    windows: list[int] = []
 
     class Recorded:
-        def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]]) -> None:
+        def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]], *, window: int) -> None:
             expected.extend((file, start) for file, start, _ in ranges)
+            windows.append(window)
 
-        def asked(self, file: str, start: int) -> None:
+        def require(self, file: str, start: int) -> None:
             asked.append((file, start))
 
         def close(self) -> None:
             pass
 
     monkeypatch.setattr("reapkit.sources.Ahead", Recorded)
+    monkeypatch.setattr("reapkit.modules.free_memory", lambda device: 8_000 if device.type == "cpu" else 0)
     model = streamed_model(checkpoints["m2-fp8"])
     scales = {(i.file, i.start) for i in model.checkpoint.tensors.values() if model.format.is_companion(i.name)}
     with model.reading(with_mtp=False, disk=None):
@@ -95,6 +98,7 @@ def test_a_pass_for_a_gpu_expects_of_a_folder_what_it_then_reads_in_that_order(
     assert [place for place in asked if place not in scales] == [place for place in expected if place not in scales]
     assert sorted(asked) == sorted(expected)
     assert scales & set(asked)
+    assert windows == [1_000]  # an eighth of what is free
 
 
 @pytest.mark.parametrize("name", ["m2", "qwen3", "m2-fp8", "m2-bf16", "m2-tied", "qwen3-tied"])

@@ -175,11 +175,11 @@ class Checkpoint:
         self.source.read_into(info.file, info.start, view, inside=info.name)
 
     def expecting(
-        self, infos: Iterable[TensorInfo], *, disk: Disk | None = None, holding: bool = False
+        self, infos: Iterable[TensorInfo], *, cached: int = 0, disk: Disk | None = None, holding: bool = False
     ) -> AbstractContextManager[None]:
         """While this lasts, the tensors' bytes are read ahead in this order: those of a folder into the page cache."""
         ranges = ((info.file, info.start, info.stop) for info in infos)
-        return self.source.expecting(ranges, disk=disk, holding=holding)
+        return self.source.expecting(ranges, cached=cached, disk=disk, holding=holding)
 
     def fingerprinting(self, parts: Iterable[tuple[Iterable[str], int | None]]) -> AbstractContextManager[None]:
         """While this lasts, what `fingerprint` reads of the named tensors, up to a limit, comes together through a network, and is kept

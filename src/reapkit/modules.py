@@ -47,6 +47,7 @@ from reapkit.experts import (
 from reapkit.formats import as_factors, decode, read_tensor
 from reapkit.fusion import fuse, fused_kernels
 from reapkit.layout import Architecture, MoELayout
+from reapkit.memory import free_memory
 from reapkit.quantization import FP8_BLOCK, HINT, Format, read_format
 from reapkit.sources import Disk
 from reapkit.tensors import TensorInfo, brief
@@ -54,6 +55,9 @@ from reapkit.tensors import TensorInfo, brief
 # Threads that read a layer for a GPU. More read no faster, and take turns with the thread that launches kernels. On a CPU, where they
 # also dequantise, one for so many cores, and no more.
 _READERS, _CORES_PER_READER = 4, 4
+# One part in so many of the memory that is free may hold what is read ahead of a pass. It can be taken back; more of it bridges what a disk
+# would rest for, like the seconds in which kernels are compiled.
+_CACHED_SHARE = 8
 # Compute capability of the cards whose products in FP8 were tried (Hopper), what their weights must be, and what of an expert's largest
 # scale its others must be at least, and all of them: a row of zeros has the scale 2e-13, and one over both is still a float32.
 _FP8_CAPABILITY = (9, 0)
@@ -202,7 +206,7 @@ class StreamedModel:
         if self.checkpoint.remote is None and self.device.type == "cpu":
             return nullcontext()
         order = itertools.chain.from_iterable(self.stages(with_mtp=with_mtp))
-        return self.checkpoint.expecting(order, disk=disk)
+        return self.checkpoint.expecting(order, cached=free_memory(torch.device("cpu")) // _CACHED_SHARE, disk=disk)
 
     def fetch(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors by on-disk name, read and dequantised; may run in another thread.

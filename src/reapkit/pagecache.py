@@ -20,9 +20,8 @@ import numpy as np
 from reapkit.errors import CheckpointError
 from reapkit.tensors import reading
 
-# Bytes that may lie in the page cache ahead of the reader, and what is read there at a time. That goes into so little memory that it
-# stays in the processor's own cache.
-AHEAD_BYTES = 1 << 30
+# What is read ahead at a time: by one call, during which nobody waits for the interpreter. It goes into so little memory that it stays in
+# the processor's own cache.
 _PIECE_BYTES, _BUFFER_BYTES = 64 << 20, 1 << 20
 # Ranges from this size on are read past the page cache, in pieces of at most this size, so many of a file at once, from places and to
 # memory aligned to blocks.
@@ -32,14 +31,20 @@ _NO_DIRECT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Ahead:
-    """Ranges that one thread brings into the page cache in their order, ahead of those who read them.
+    """Ranges that one thread brings into the page cache in their order, ahead of those who read them, who wait for it.
 
-    A disk gives most to one who reads on and on, and it need not rest while nobody asks. What threads that each read a tensor at a time got
-    of its rate is in benchmarks/RESULTS.md, section 2.
+    A disk gives most to one who reads on and on, and it need not rest while nobody asks. What it gives where others read beside the one is
+    in benchmarks/RESULTS.md, section 2.
+
+    Args:
+        path: the folder.
+        ranges: file, start and stop of each.
+        window: bytes that may lie in the page cache ahead of the readers.
     """
 
-    def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]]) -> None:
+    def __init__(self, path: Path, ranges: Iterable[tuple[str, int, int]], *, window: int) -> None:
         self._path = path
+        self._window = window
         self._pieces: list[tuple[str, int, int]] = []
         # By file and start of a range, the number of the piece that it ends in.
         self._last: dict[tuple[str, int], int] = {}
@@ -47,24 +52,32 @@ class Ahead:
             if (file, start) not in self._last:
                 self._add(file, start, stop)
                 self._last[file, start] = len(self._pieces) - 1
-        self._asked = 0
+        # The furthest piece that was asked for, and how many have come.
+        self._asked = self._come = 0
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="reapkit-disk", daemon=True)
         self._thread.start()
 
-    def asked(self, file: str, start: int) -> None:
-        """Say that a range is being read, which lets what follows it be brought in."""
+    def require(self, file: str, start: int) -> None:
+        """Wait until a range has come, if it is expected, and let what follows it be brought in."""
+        last = self._last.get((file, start))
+        if last is None:
+            return
         with self._changed:
-            self._asked = max(self._asked, self._last.get((file, start), 0))
-            self._changed.notify()
+            self._asked = max(self._asked, last)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed or self._come > last)
 
     def close(self) -> None:
         """End it, once a piece that was begun has come."""
+        self._end()
+        self._thread.join()
+
+    def _end(self) -> None:
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
 
     def _add(self, file: str, start: int, stop: int) -> None:
         """Append a range: to the last piece, where it follows on it and there is room, and to new ones."""
@@ -77,20 +90,28 @@ class Ahead:
             self._pieces[-1] = file, first, start
 
     def _run(self) -> None:
+        try:
+            with suppress(OSError):  # whoever reads the same says what it is
+                self._bring_pieces()
+        finally:
+            self._end()
+
+    def _bring_pieces(self) -> None:
         buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
-        with suppress(OSError):  # whoever reads the same says what it is
-            for file, pieces in itertools.groupby(enumerate(self._pieces), key=lambda entry: entry[1][0]):
-                with (self._path / file).open("rb", buffering=0) as stream:
-                    for number, (_, start, stop) in pieces:
-                        if not self._may_read(number):
-                            return
-                        _bring_in(stream.fileno(), start, stop, buffer)
+        for file, pieces in itertools.groupby(enumerate(self._pieces), key=lambda entry: entry[1][0]):
+            with (self._path / file).open("rb", buffering=0) as stream:
+                for number, (_, start, stop) in pieces:
+                    if not self._may_read(number):
+                        return
+                    _bring_in(stream.fileno(), start, stop, buffer)
 
     def _may_read(self, number: int) -> bool:
-        """Wait until a piece is near enough to what is read; False where the end comes first."""
-        last = number - AHEAD_BYTES // _PIECE_BYTES
+        """Say that the pieces before it have come, and wait until it is near enough to what is read; False where the end comes first."""
+        least = number - self._window // _PIECE_BYTES
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._asked >= last)
+            self._come = number
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed or self._asked >= least)
             return not self._is_closed
 
 

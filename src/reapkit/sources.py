@@ -65,12 +65,19 @@ class Source(Protocol):
         """Fill a buffer with the bytes from `start` on, which lie `inside` a tensor: an error names it."""
 
     def expecting(
-        self, ranges: Iterable[Range], *, disk: Disk | None = None, holding: bool = False, task: str = ""
+        self,
+        ranges: Iterable[Range],
+        *,
+        cached: int = 0,
+        disk: Disk | None = None,
+        holding: bool = False,
+        task: str = "",
     ) -> AbstractContextManager[None]:
         """While this lasts, the ranges are read ahead in this order, each once however often it is named.
 
         Args:
             ranges: what will be read, best in the order of reading.
+            cached: bytes of a folder that may lie in the page cache ahead of the reader.
             disk: where to put what is read ahead from a network; in memory otherwise.
             holding: keep the bytes for later reads where they are few.
             task: what to call it where its progress is to be told.
@@ -82,7 +89,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cached: Ahead | None = None
+        self._ahead: Ahead | None = None
 
     def local(self, file: str) -> Path | None:
         return self.path / file
@@ -95,22 +102,28 @@ class Folder:
         return [found.st_size, found.st_mtime_ns]
 
     def read_into(self, file: str, start: int, view: memoryview, *, inside: str = "") -> None:
-        if (cached := self._cached) is not None:  # which another thread may end
-            cached.asked(file, start)
+        if (ahead := self._ahead) is not None:  # which another thread may end
+            ahead.require(file, start)
         read_file(self.path / file, start, view, file=file, inside=inside)
 
     @contextmanager
     def expecting(
-        self, ranges: Iterable[Range], *, disk: Disk | None = None, holding: bool = False, task: str = ""
+        self,
+        ranges: Iterable[Range],
+        *,
+        cached: int = 0,
+        disk: Disk | None = None,
+        holding: bool = False,
+        task: str = "",
     ) -> Iterator[None]:
         if not hasattr(os, "preadv"):
             yield
             return
-        with closing(Ahead(self.path, ranges)) as self._cached:
+        with closing(Ahead(self.path, ranges, window=cached)) as self._ahead:
             try:
                 yield
             finally:
-                self._cached = None
+                self._ahead = None
 
 
 def read_file(path: Path, start: int, view: memoryview, *, file: str, inside: str = "") -> None:
@@ -187,7 +200,13 @@ class Remote:
 
     @contextmanager
     def expecting(
-        self, ranges: Iterable[Range], *, disk: Disk | None = None, holding: bool = False, task: str = ""
+        self,
+        ranges: Iterable[Range],
+        *,
+        cached: int = 0,
+        disk: Disk | None = None,
+        holding: bool = False,
+        task: str = "",
     ) -> Iterator[None]:
         wanted = [(file, start, stop) for file, start, stop in ranges if stop > start and self.local(file) is None]
         ahead = _Ahead(self, wanted, disk=disk, holding=holding, task=task)
