@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import tiny
 from conftest import PlanFor
@@ -89,6 +91,14 @@ def test_a_readme_of_the_source_that_says_nothing_readable_stops_nothing(
     (source / CARD_NAME).write_text(front)
     data = data_of(card_of(plan_for, source, tmp_path / "out"))
     assert not {"license", "license_link", "license_name"} & data.keys()
+
+
+def test_front_matter_ends_where_the_hubs_library_says() -> None:
+    for count in range(1, 7):
+        for parts in itertools.product(("---", "----", "\n", " ", "a: b"), repeat=count):
+            text = "".join(parts)
+            ours, theirs = cards._FRONT_MATTER.match(text), REGEX_YAML_BLOCK.search(text)
+            assert (ours and ours[1]) == (theirs and theirs[2]), text
 
 
 def test_a_licence_link_into_the_folder_stays_only_where_its_file_goes_along(

@@ -532,6 +532,19 @@ def test_plan_does_not_import_torch(statistics: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").exists()
 
 
+def test_prune_loads_neither_torch_nor_what_speaks_to_the_hub(model: Path, statistics: Path, tmp_path: Path) -> None:
+    """They would take longer than all that it does before it writes."""
+    source = Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert run("plan", statistics, "--keep", "4", "-o", tmp_path / "plan.json").exit_code == 0
+    arguments = ["reapkit", "prune", str(source), str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
+    code = f"import sys; from reapkit.cli import main; sys.argv = {arguments!r}\n"
+    code += "try: main()\nexcept SystemExit as end: assert not end.code\n"
+    code += "assert not {'torch', 'transformers', 'huggingface_hub.hf_api', 'httpx'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "license: mit" in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.jsonl"

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from reapkit.checkpoint import UNFINISHED_NAME, Checkpoint
 from reapkit.edits import OutputTensor, Take
 from reapkit.errors import CheckpointError, OutputError, PlanError, UnsupportedError, UsageError
 from reapkit.layout import MoELayout, StackedTensor, resolve
-from reapkit.pagecache import Direct
+from reapkit.pagecache import Direct, Readers
 from reapkit.plans import PruningPlan
 from reapkit.shards import Manifest
 from reapkit.tensors import TensorInfo
@@ -651,7 +650,7 @@ def test_the_system_says_what_the_page_cache_holds(tmp_path: Path) -> None:
     path, size = tmp_path / "file", 4 << 20
     path.write_bytes(bytes(size))
     with (
-        ThreadPoolExecutor(1) as readers,
+        Readers(1) as readers,
         path.open("rb", buffering=0) as source,
         Direct.opened(source, file="file", readers=readers) as direct,
     ):
@@ -697,8 +696,12 @@ def test_nothing_is_read_past_the_page_cache_any_more_when_its_reader_has_ended(
 
     monkeypatch.setattr(pagecache, "_DIRECT_BYTES", 4096)
     monkeypatch.setattr(os, "preadv", slow)
-    with ThreadPoolExecutor(2) as readers, (tmp_path / "file").open("rb", buffering=0) as source:
-        direct = Direct(source.fileno(), file="file", readers=readers)
+    with (
+        Readers(2) as readers,
+        (tmp_path / "file").open("rb", buffering=0) as source,
+        readers.buffers() as buffers,
+    ):
+        direct = Direct(source.fileno(), file="file", readers=readers, buffers=buffers)
         assert b"".join(direct.read([(5, 10), (4000, 30_000)])) == content[5:10] + content[4000:30_000]
         calls.clear()
         contents = direct.read([(5, 100_000)])

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 
@@ -125,6 +126,40 @@ def _bring_in(descriptor: int, start: int, stop: int, buffer: memoryview) -> Non
         start += count
 
 
+class Readers(ThreadPoolExecutor):
+    """Threads that read past the page cache, and the memory that they read into, for so many files at once.
+
+    The memory is taken before the page cache fills with what is written: in one request a disk fills only so many places of memory, and
+    what is free early lies together.
+
+    Args:
+        num_files: how many are read at once, and how many threads read.
+    """
+
+    def __init__(self, num_files: int) -> None:
+        super().__init__(num_files)
+        self._num_files = num_files
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def buffers(self) -> Iterator[list[memoryview]]:
+        """Memory for one file, aligned to pages."""
+        with self._lock:
+            held = self._unused.pop()
+        try:
+            yield held
+        finally:
+            self._unused.append(held)
+
+    @cached_property
+    def _unused(self) -> list[list[memoryview]]:
+        memory = mmap.mmap(-1, self._num_files * _DIRECT_AT_ONCE * _DIRECT_BYTES)
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 0  # the system gives what is written to
+        starts = range(0, len(memory), _DIRECT_BYTES)
+        buffers = [memoryview(memory)[start : start + _DIRECT_BYTES] for start in starts]
+        return [buffers[number :: self._num_files] for number in range(self._num_files)]
+
+
 class Direct:
     """A file that is read past the page cache, but for what the cache holds, several pieces at once.
 
@@ -132,16 +167,15 @@ class Direct:
     from end to end, would read the gaps between kept ranges too. Where a checkpoint was just observed and memory is large, it is there.
     """
 
-    def __init__(self, descriptor: int, *, file: str, readers: ThreadPoolExecutor) -> None:
+    def __init__(self, descriptor: int, *, file: str, readers: Readers, buffers: list[memoryview]) -> None:
         self._descriptor = descriptor
         self._file = file
         self._readers = readers
-        # Aligned to pages.
-        self._buffers = [memoryview(mmap.mmap(-1, _DIRECT_BYTES)) for _ in range(_DIRECT_AT_ONCE)]
+        self._buffers = buffers
 
     @classmethod
     @contextmanager
-    def opened(cls, source: FileIO, *, file: str, readers: ThreadPoolExecutor) -> Iterator[Direct | None]:
+    def opened(cls, source: FileIO, *, file: str, readers: Readers) -> Iterator[Direct | None]:
         """The same file once more; None where it does not lie on a disk by itself (but on the network or in memory), or its file system
         does not read so."""
         direct = None
@@ -151,7 +185,8 @@ class Direct:
                     try:
                         descriptor = os.open(source.name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
                         stack.callback(os.close, descriptor)
-                        trial = cls(descriptor, file=file, readers=readers)
+                        buffers = stack.enter_context(readers.buffers())
+                        trial = cls(descriptor, file=file, readers=readers, buffers=buffers)
                         trial._fill(0, 0, 1)
                         direct = trial
                     except OSError as error:

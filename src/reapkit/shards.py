@@ -42,7 +42,7 @@ from reapkit.interrupts import deferred, is_asked_to_stop, safe_point
 from reapkit.landing import Transfer
 from reapkit.layout import Identity, MoELayout
 from reapkit.outputs import PARTIAL, alone, appearing, explained, make_folder, sync_folder, write_all, write_file
-from reapkit.pagecache import Direct, shorter
+from reapkit.pagecache import Direct, Readers, shorter
 from reapkit.plans import PruningPlan
 from reapkit.progress import Progress, silent
 from reapkit.quantization import read_format
@@ -527,7 +527,7 @@ def _write_shards(
     from_hub = [file for file in shards if file not in whole and landing.comes_from_the_hub(checkpoint, shards[file])]
     missing = [file for file in shards if file not in whole and file not in from_hub]
     with (
-        ThreadPoolExecutor(_FILES_AT_ONCE) as readers,
+        Readers(_FILES_AT_ONCE) as readers,
         deferred("the running files are written"),
         ThreadPoolExecutor(_FILES_AT_ONCE) as writers,
     ):
@@ -571,7 +571,7 @@ def _write_shard(
     tensors: list[OutputTensor],
     path: Path,
     advance: Advance,
-    readers: ThreadPoolExecutor,
+    readers: Readers,
 ) -> None:
     source_file = tensors[0].info.file
     if landing.comes_from_the_hub(checkpoint, tensors):
